@@ -1,0 +1,1 @@
+"""The durable machine: dispatch, lanes, operations. Knows protocols only: bus, store and driver."""

@@ -1,0 +1,1 @@
+"""Hypervisor drivers behind one contract (`base`), and the threads they run in (`executor`)."""
