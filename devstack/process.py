@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes and ports: what every private server of this package needs.
 
-A server may outlive the Python process that started it, and be ended by another one. So a process is named by its
-pid *and* its start time, which together are never reused, and is kept in a small JSON file.
-Everything here is synchronous and safe to use from several threads and processes.
+A server may outlive the Python process that started it, and be ended by another one. So a process is named by
+its pid *and* its start time, which together are never reused, and is kept in a small JSON file. Everything
+here is synchronous and safe to use from several threads and processes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Below the range that the kernel hands out to outgoing connections (32768 and up by default): a server that is
-# restarted on its port must not find it taken by somebody's client socket.
+# Below the range that the kernel hands out to outgoing connections (32768 and up by default): a server that
+# is restarted on its port must not find it taken by somebody's client socket.
 _FIRST_PORT = 20000
 _LAST_PORT = 31999
 
@@ -79,6 +79,7 @@ class ProcessRef:
 
         Raises:
             DevstackError: it is still there 10 seconds after SIGKILL (uninterruptible sleep).
+
         """
         if grace_s > 0 and self.send(signal.SIGTERM):
             # A stopped process gets SIGTERM only when it goes on.
@@ -148,8 +149,8 @@ def wait_until(ready: Callable[[], bool], timeout_s: float, interval_s: float = 
 class PortLease:
     """A TCP port of 127.0.0.1 that no other user of this module gets until ``release``.
 
-    The lease is an abstract Unix socket named after the port: the kernel frees it when the process dies, and its
-    scope, the network namespace, is also that of the port.
+    The lease is an abstract Unix socket named after the port: the kernel frees it when the process dies, and
+    its scope, the network namespace, is also that of the port.
     """
 
     def __init__(self, port: int, lock: socket.socket | None) -> None:
@@ -163,6 +164,7 @@ class PortLease:
 
         Raises:
             DevstackError: the given port is leased already, or no port is free.
+
         """
         candidates = [port] if port is not None else random.sample(range(_FIRST_PORT, _LAST_PORT + 1), 200)
         for candidate in candidates:
@@ -173,7 +175,9 @@ class PortLease:
             if port is not None or _bindable(candidate):
                 return cls(candidate, lock)
             lock.close()
-        raise DevstackError(f"port {port} is leased by another process" if port else "no free TCP port was found")
+        raise DevstackError(
+            f"port {port} is leased by another process" if port else "no free TCP port was found"
+        )
 
     def release(self) -> None:
         """Give the port up. Idempotent."""

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private RabbitMQ nodes: everything in one directory, on loopback only, ended without a trace.
 
-A node is described by ``broker.json`` in its directory, so another process can attach to it, restart it or end it.
-The module knows the installed ``rabbitmq-server`` scripts (Debian's 3.10 and the upstream packages alike) and speaks
-no AMQP beyond the greeting. Methods are synchronous; one object belongs to one thread.
+A node is described by ``broker.json`` in its directory, so another process can attach to it, restart it or
+end it. The module knows the installed ``rabbitmq-server`` scripts (Debian's 3.10 and the upstream packages
+alike) and speaks no AMQP beyond the greeting. Methods are synchronous; one object belongs to one thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from devstack.erlang import Epmd, link_core_plugins, reap, script
 from devstack.process import (
     DevstackError,
     PortLease,
@@ -31,9 +31,6 @@ from devstack.process import (
     tail,
     wait_until,
 )
-
-# The scripts below the wrappers in /usr/sbin: those change the user and refuse everybody but root and rabbitmq.
-_SCRIPT_DIRECTORIES = ("/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/usr/local/sbin", "/usr/sbin")
 
 # Two schedulers, none of them spinning or bound to a core: several nodes share the cores of one host.
 _VM_FLAGS = "+S 2:2 +SDcpu 1:1 +SDio 2 +A 2 +sbwt none +sbwtdcpu none +sbwtdio none"
@@ -44,8 +41,9 @@ _LOOPBACK = "{127,0,0,1}"
 class Tls:
     """A TLS listener: PEM files made by the caller, readable by the current user.
 
-    With ``external`` a client may log in by its certificate (SASL EXTERNAL): its common name is the user's name.
-    With ``require_client_certificate`` a client without a certificate of this CA is refused in the handshake.
+    With ``external`` a client may log in by its certificate (SASL EXTERNAL): its common name is the user's
+    name. With ``require_client_certificate`` a client without a certificate of this CA is refused in the
+    handshake.
     """
 
     ca_file: Path
@@ -55,56 +53,11 @@ class Tls:
     require_client_certificate: bool = False
 
 
-class Epmd:
-    """Erlang's port mapper for the nodes of one broker or cluster, on a port and a life of its own."""
-
-    def __init__(self, directory: Path, *, port: int | None = None) -> None:
-        """Prepare a port mapper that logs to ``directory``; nothing runs before ``start``."""
-        self._log = directory / "epmd.log"
-        self._lease = PortLease.acquire(port)
-        self._process: subprocess.Popen[bytes] | None = None
-        self.ref: ProcessRef | None = None
-
-    @property
-    def port(self) -> int:
-        """The TCP port on 127.0.0.1."""
-        return self._lease.port
-
-    def start(self, timeout_s: float = 10.0) -> None:
-        """Start the daemon and wait until it listens. Idempotent.
-
-        Raises:
-            DevstackError: no ``epmd`` is installed or it does not listen in time.
-        """
-        if self.ref is not None and self.ref.alive:
-            return
-        binary = shutil.which("epmd")
-        if binary is None:
-            raise DevstackError("epmd is not installed; run devstack/bootstrap.sh packages")
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [binary, "-address", "127.0.0.1", "-port", str(self.port)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
-            )  # fmt: skip
-        self.ref = ProcessRef.of(self._process.pid)
-        if not wait_until(lambda: _accepts(self.port), timeout_s, 0.01):
-            self.stop()
-            raise DevstackError(f"epmd does not listen on port {self.port}: {tail(self._log)}")
-
-    def stop(self) -> None:
-        """End the daemon and give up its port. Idempotent."""
-        if self.ref is not None:
-            self.ref.end(0.0)  # it keeps nothing that a SIGKILL could lose
-            self.ref = None
-        _reap(self._process)
-        self._lease.release()
-
-
 class PrivateBroker:
     """One RabbitMQ node below one directory, user ``guest``/``guest``, bound to 127.0.0.1.
 
-    The ports stay the same over ``stop``, ``kill`` and ``start``. Constructing it on the directory of a running node
-    attaches to that node. For a cluster give all nodes the same ``epmd`` and ``cookie``.
+    The ports stay the same over ``stop``, ``kill`` and ``start``. Constructing it on the directory of a
+    running node attaches to that node. For a cluster give all nodes the same ``epmd`` and ``cookie``.
     """
 
     def __init__(
@@ -127,7 +80,7 @@ class PrivateBroker:
             port: the AMQP port; a free one by default.
             nodename: the part before ``@localhost`` or all of it; a random one by default.
             config: more lines of rabbitmq.conf; they win over those made here.
-            definitions: users, vhosts, queues … to load at every boot. RabbitMQ then makes no ``guest`` by itself.
+            definitions: users, vhosts, queues … to load at every boot; RabbitMQ then makes no ``guest``.
             plugins: plugins to enable, without those that ``tls`` needs.
             tls: also listen with TLS.
             epmd: a port mapper shared with other nodes, which the caller ends; an own one by default.
@@ -135,6 +88,7 @@ class PrivateBroker:
 
         Raises:
             DevstackError: a port that was asked for is in use by another broker of this kind.
+
         """
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -156,7 +110,7 @@ class PrivateBroker:
         self._beam = _ref(saved.get("beam"))
         self._saved_epmd = _ref(saved.get("epmd"))
 
-    # -- addresses ------------------------------------------------------------------------------------------------
+    # -- addresses -------------------------------------------------------------------------------------------
 
     @property
     def port(self) -> int:
@@ -174,6 +128,7 @@ class PrivateBroker:
 
         Raises:
             DevstackError: the broker was made without ``tls``.
+
         """
         if self._amqps is None:
             raise DevstackError("this broker has no TLS listener")
@@ -194,13 +149,15 @@ class PrivateBroker:
         """The node's log."""
         return self.directory / "log" / f"{self.nodename}.log"
 
-    # -- life -----------------------------------------------------------------------------------------------------
+    # -- life ------------------------------------------------------------------------------------------------
 
     def start(self, timeout_s: float = 60.0) -> None:
         """Start the node and wait until AMQP clients are greeted. Idempotent.
 
         Raises:
-            DevstackError: not installed, or not ready in ``timeout_s`` seconds; the end of the log is in the message.
+            DevstackError: not installed, or not ready in ``timeout_s`` seconds; the end of the log is in the
+            message.
+
         """
         if self.pid is not None and self._greets():
             return
@@ -210,24 +167,25 @@ class PrivateBroker:
         self._write_files()
         with (self.directory / "log" / "stdout.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_script("rabbitmq-server")], env=self._environment(), cwd=self.directory,
+                [script("rabbitmq-server")], env=self._environment(), cwd=self.directory,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if not wait_until(self._ready_or_dead, deadline - time.monotonic()) or not self._greets():
             report = tail(self.log_file) or tail(self.directory / "log" / "stdout.log")
+            what = "is not ready in time" if self._process.poll() is None else "ended while it booted"
             self.kill()
-            raise DevstackError(f"RabbitMQ in {self.directory} is not ready after {timeout_s:g} s:\n{report}")
+            raise DevstackError(f"RabbitMQ in {self.directory} {what}:\n{report}")
         self._beam = ProcessRef.of(int((self.directory / "pid").read_text(encoding="ascii")))
         self._save()
 
     def stop(self, timeout_s: float = 20.0) -> None:
-        """End the node in good order (SIGTERM), with its port mapper. Idempotent; after the limit it is killed."""
+        """End the node in good order (SIGTERM), and its port mapper; kill it after the limit. Idempotent."""
         if self._beam is not None:
             self._beam.end(timeout_s)
         self._sweep()
 
     def kill(self) -> None:
-        """End the node as a power cut would (SIGKILL), with its port mapper. Idempotent; the database stays."""
+        """End the node as a power cut would (SIGKILL), with its port mapper; the data stay. Idempotent."""
         if self._beam is not None:
             self._beam.end(0.0)
         self._sweep()
@@ -256,16 +214,20 @@ class PrivateBroker:
         """Run ``rabbitmqctl`` against this node and return what it prints (about a second per call).
 
         Raises:
-            DevstackError: it exits with an error, which is in the message, or takes longer than ``timeout_s``.
+            DevstackError: it exits with an error, which is in the message, or takes longer than
+            ``timeout_s``.
+
         """
-        command = [_script("rabbitmqctl"), "--quiet", "-n", self.nodename, *arguments]
+        command = [script("rabbitmqctl"), "--quiet", "-n", self.nodename, *arguments]
         try:
             done = subprocess.run(
                 command, env=self._environment(), cwd=self.directory, timeout=timeout_s,
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise DevstackError(f"rabbitmqctl {' '.join(arguments)} took more than {timeout_s:g} s") from error
+            raise DevstackError(
+                f"rabbitmqctl {' '.join(arguments)} took more than {timeout_s:g} s"
+            ) from error
         if done.returncode != 0:
             raise DevstackError(f"rabbitmqctl {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
         return done.stdout
@@ -281,7 +243,7 @@ class PrivateBroker:
         """Kill the node: its directory is as disposable as itself."""
         self.close()
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- inside ----------------------------------------------------------------------------------------------
 
     def _signal(self, number: int) -> None:
         if self._beam is None or not self._beam.send(number):
@@ -295,12 +257,15 @@ class PrivateBroker:
 
     def _sweep(self) -> None:
         """End what is left of this node: start script, helpers of the VM, port mapper."""
+        # The start script ends after its VM and takes its exit status; killed first, it would leave a zombie
+        # to PID 1.
+        reap(self._process, 1.0)
         marker = ("DEVSTACK_BROKER", str(self.directory))
         for pid in pids_with_environment(*marker):
             leftover = ProcessRef.of(pid)
             if leftover is not None:
                 leftover.end(0.0)
-        _reap(self._process)
+        reap(self._process)
         self._process = None
         self._beam = None
         if not self._shared_epmd:
@@ -326,12 +291,16 @@ class PrivateBroker:
     def _write_files(self) -> None:
         for name in ("mnesia", "log", "home"):
             (self.directory / name).mkdir(exist_ok=True)
+        if not self._plugins:
+            link_core_plugins(self.directory / "plugins")
         cookie = self.directory / "home" / ".erlang.cookie"
         cookie.unlink(missing_ok=True)
         cookie.touch(mode=0o600)
         cookie.write_text(self.cookie, encoding="ascii")
         cookie.chmod(0o400)
-        plugins = self._plugins | ({"rabbitmq_auth_mechanism_ssl"} if self._tls and self._tls.external else set())
+        plugins = self._plugins | (
+            {"rabbitmq_auth_mechanism_ssl"} if self._tls and self._tls.external else set()
+        )
         (self.directory / "enabled_plugins").write_text(f"[{','.join(sorted(plugins))}].\n", encoding="ascii")
         (self.directory / "conf-env").write_text("", encoding="ascii")
         (self.directory / "pid").unlink(missing_ok=True)
@@ -368,7 +337,8 @@ class PrivateBroker:
 
     def _environment(self) -> dict[str, str]:
         home = self.directory / "home"
-        return {
+        core = {} if self._plugins else {"RABBITMQ_PLUGINS_DIR": str(self.directory / "plugins")}
+        return core | {
             "PATH": os.environ.get("PATH", os.defpath),
             "LANG": "C.UTF-8",
             "HOME": str(home),
@@ -422,23 +392,3 @@ class PrivateBroker:
 
 def _ref(saved: Any) -> ProcessRef | None:
     return ProcessRef(int(saved[0]), int(saved[1])) if saved else None
-
-
-def _reap(process: subprocess.Popen[bytes] | None) -> None:
-    """Take the exit status of a child that has ended or is about to, so that no zombie stays."""
-    if process is not None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5.0)
-
-
-def _accepts(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
-        return True
-    return False
-
-
-def _script(name: str) -> str:
-    for directory in _SCRIPT_DIRECTORIES:
-        if os.access(path := os.path.join(directory, name), os.X_OK):
-            return path
-    raise DevstackError(f"{name} is not installed; run devstack/bootstrap.sh packages")

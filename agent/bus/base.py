@@ -7,6 +7,7 @@ once: a coroutine run by the bus's library would be cancelled when a channel dro
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -154,6 +155,13 @@ class Bus(Protocol):
         Raises `Unroutable` (mandatory only), `Unavailable` (not connected, nacked, or outcome unknown: publish
         again, readers drop repeats by id), `DeadlineExceeded`.
         """
+
+    def publish_soon(self, message: Outgoing, *, timeout_s: float = 10.0) -> asyncio.Future[None]:
+        """Publish without a task of one's own: the future ends with the confirm, or with what `publish` raises.
+
+        Messages go out in the order of the calls. Many may be in flight.
+        """
+        ...
 
     async def consume(self, queue: str, on_delivery: DeliveryCallback, *, prefetch: int) -> Subscription:
         """Begin to consume; at most `prefetch` deliveries are unsettled at a time. Raises `Unavailable`."""

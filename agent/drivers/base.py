@@ -157,6 +157,9 @@ class Driver(ABC):
 
     name: ClassVar[str]
 
+    def __init__(self, context: DriverContext) -> None:
+        self.context = context
+
     # --- connection -------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -341,11 +341,15 @@ class Event(Outbound):
 
 def render_event(
     data: EventData, *, host: str, subject: str | None = None, traceparent: str | None = None, at: datetime | None = None
-) -> bytes:
-    """Render an event's envelope without `sequence` and `epoch`, which `seal` puts in once they are known."""
+) -> tuple[bytes, str]:
+    """Render an event's envelope without `sequence` and `epoch`, which `seal` puts in once they are known.
+
+    Returns the body and the event's id.
+    """
+    event_id = str(uuid.uuid4())
     envelope: dict[str, Any] = {
         "specversion": "1.0",
-        "id": str(uuid.uuid4()),
+        "id": event_id,
         "source": f"/compute/hosts/{host}",
         "type": f"compute.{data.kind}.v1",
         "time": at or datetime.now(UTC),
@@ -357,7 +361,7 @@ def render_event(
         envelope["subject"] = subject
     if traceparent is not None:
         envelope["traceparent"] = traceparent
-    return to_json(envelope)
+    return to_json(envelope), event_id
 
 
 def _dump(data: BaseModel) -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""The composition root: the only place that knows concrete classes, and the order of starting and stopping.
+
+Start: store → hypervisor, recovery → consume → ready; heartbeats begin as soon as there is something to tell and
+wait for none of it. Stop: no new commands → running work ends → outbox empties → everything closes. Guests are
+never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from agent import __version__, metrics
+from agent.bus.base import Bus, Subscription
+from agent.bus.topology import host_topology, shared_topology
+from agent.config import Settings
+from agent.core.capacity import Capacity
+from agent.core.context import Context, HostState
+from agent.core.dispatch import Dispatcher
+from agent.core.instances import Instances
+from agent.core.journal import Journal
+from agent.core.lanes import Lanes
+from agent.core.outbox import Outbox
+from agent.core.registry import Registry
+from agent.core.runner import Runner
+from agent.drivers.base import Driver, DriverContext
+from agent.drivers.executor import DriverExecutor
+from agent.drivers.registry import load_driver
+from agent.errors import ComputeError, Unavailable
+from agent.events import HypervisorEvents
+from agent.handlers import create, delete, host, operation, power, read
+from agent.health import HealthServer, Watchdog
+from agent.identity import compute_id
+from agent.images.cache import ImageCache
+from agent.messages.events import AgentLifecycle
+from agent.messages.routing import host_queue
+from agent.notify import notify, watchdog_interval_s
+from agent.periodic import Chores, Heartbeat, every
+from agent.store.base import Change, Store
+from agent.store.sqlite import SqliteStore
+
+log = structlog.get_logger("agent")
+
+PREFETCH = 500
+"""Deliveries in hand: enough that acknowledgements, which wait for a commit, never starve the intake."""
+RETRY_S = 2.0
+FIRST_CONNECT_S = 30.0
+
+
+class Agent:
+    """One agent. `start`, then `wait`, then `stop`."""
+
+    def __init__(self, settings: Settings, bus: Bus, *, store: Store | None = None) -> None:
+        self.settings = settings
+        self.bus = bus
+        self.state_dir = settings.agent.state_dir
+        self._journal_path = self.state_dir / "journal.sqlite"
+        self._store = store or SqliteStore(self._journal_path)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+        self._stopping = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._recovered = 0
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything that can be; what cannot yet (broker, hypervisor) is tried on and on.
+
+        Raises `InvalidArgument` or `FailedPrecondition` for what only a person can put right.
+        """
+        await self._open()
+        settings = self.settings
+        self._health = HealthServer(settings.health.listen, self.not_ready)
+        self.health_port = await self._health.start()
+        self._own("outbox", self._outbox.run())
+        self._own("events", self._events.run())
+        self._own("heartbeat", self._heartbeat.run())
+        self._own("dispatch", self._dispatcher.run())
+        self._start_chores()
+        self._own("start", self._come_up())
+
+    async def _open(self) -> None:
+        settings, name = self.settings, self.settings.agent.host
+        await asyncio.to_thread(_make_directory, self.state_dir)
+        self.compute_id = await asyncio.to_thread(compute_id, self.state_dir, self._journal_path)
+        identity = await self._store.open(compute_id=self.compute_id, host=name)
+        journal = Journal(self._store, host=name)
+        journal.epoch = identity.epoch
+        journal.last_sequence = await self._store.last_sequence()
+        executor = DriverExecutor(
+            {"query": settings.threads.query, "mutate": settings.threads.mutate, "long": settings.threads.long},
+            max_stuck=settings.threads.max_stuck,
+        )
+        loop = asyncio.get_running_loop()
+        sink: list[HypervisorEvents] = []
+        driver = _make_driver(settings, self.state_dir, lambda event: sink[0].sink(event))
+        images = ImageCache(self.state_dir / "images", settings.images)
+        self.ctx = Context(
+            host=name,
+            compute_id=self.compute_id,
+            version=__version__,
+            driver=driver,
+            executor=executor,
+            journal=journal,
+            instances=Instances(),
+            capacity=Capacity(settings.capacity.build()),
+            images=images,
+            deadlines=settings.deadlines.build(),
+            state=HostState(),
+        )
+        journal.on_problem = self._journal_problem
+        lanes = settings.lanes
+        self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
+        self._registry = Registry(
+            (
+                *create.ROUTES,
+                *delete.ROUTES,
+                *power.ROUTES,
+                *read.ROUTES,
+                *host.routes(lambda: self._heartbeat.build()),
+                *operation.routes(lambda: self._runner),
+            )
+        )
+        self._runner = Runner(self.ctx, self._registry, self._lanes)
+        self._outbox = Outbox(self.bus, self._store, epoch=identity.epoch)
+        journal.on_events(self._outbox.offer)
+        await self._outbox.start(journal.last_sequence)
+        self._events = HypervisorEvents(self.ctx, self._runner, loop)
+        self._events.on_connection = lambda connected: self._resume_undo() if connected else None
+        sink.append(self._events)
+        self._dispatcher = Dispatcher(self.ctx, self.bus, self._registry, self._runner)
+        self._heartbeat = Heartbeat(
+            self.ctx, self.bus, self._runner, self._outbox, interval_s=settings.periodic.heartbeat_s
+        )
+        self.ctx.heartbeat_now = self._heartbeat.ask
+        self.bus.on_state(self._bus_state)
+        self.ctx.instances.load(await self._store.instances())
+        kept = await self._store.settings()
+        self.ctx.state.enabled = kept.get(host.ENABLED_KEY, "1") == "1"
+        self.ctx.state.disabled_reason = kept.get(host.REASON_KEY) or None
+        await images.clean_partials()
+
+    def _start_chores(self) -> None:
+        periodic = self.settings.periodic
+        chores = Chores(self.ctx, self._runner, self._outbox, keep_operations_s=periodic.keep_operations_s)
+        self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
+        self._own("prune", every("prune", periodic.prune_s, chores.prune))
+        self._own("requests", every("requests", periodic.requests_s, chores.requests))
+        self._own("gauges", every("gauges", periodic.heartbeat_s, chores.gauges))
+        interval_s = watchdog_interval_s()
+        if interval_s is not None:
+            self._own("watchdog", Watchdog(interval_s, self._moving()).run())
+
+    async def _come_up(self) -> None:
+        """Bring up hypervisor and broker side by side; consume when the past is in its lanes."""
+        broker = asyncio.create_task(self._connect_bus())
+        try:
+            await self._connect_driver()
+            self._recovered = await self._runner.resume(await self._store.operations(unfinished=True))
+            await broker
+        finally:
+            broker.cancel()
+        while True:
+            try:
+                await self.bus.declare(shared_topology())
+                await self.bus.declare(host_topology(self.ctx.host))
+                self._subscription = await self.bus.consume(
+                    host_queue(self.ctx.host), self._dispatcher.on_delivery, prefetch=PREFETCH
+                )
+                break
+            except Unavailable as exc:
+                log.warning("broker.declare_failed", error=exc.message)
+                await asyncio.sleep(RETRY_S)
+        self.ctx.state.ready = True
+        self._ready.set()
+        await self._tell(AgentLifecycle(state="ready", version=__version__, recovered_operations=self._recovered))
+        self._heartbeat.ask()
+        log.info("agent.ready", host=self.ctx.host, recovered=self._recovered, instances=len(self.ctx.instances))
+        notify("READY=1", f"STATUS=serving {self.ctx.host}")
+
+    async def _connect_bus(self) -> None:
+        while True:
+            try:
+                await self.bus.connect(timeout_s=FIRST_CONNECT_S)
+                return
+            except Unavailable as exc:
+                log.warning("broker.unreachable", error=exc.message)
+
+    async def _connect_driver(self) -> None:
+        """Open the hypervisor; without one the agent comes up all the same and says so."""
+        deadlines = self.ctx.deadlines
+        try:
+            await self.ctx.executor.call("mutate", self.ctx.driver.connect, deadline_s=deadlines.mutate_s)
+        except ComputeError as exc:
+            if not exc.retryable:
+                raise
+            log.error("hypervisor.unreachable", error=exc.message)
+            self.ctx.state.conditions["hypervisor"] = exc.message
+            self._own("driver", self._keep_connecting())
+            return
+        if not self.ctx.state.connected.is_set():
+            await self._events.connected("connected")
+
+    async def _keep_connecting(self) -> None:
+        while not self.ctx.state.connected.is_set():
+            await asyncio.sleep(RETRY_S)
+            try:
+                await self.ctx.executor.call(
+                    "mutate", self.ctx.driver.connect, deadline_s=self.ctx.deadlines.mutate_s
+                )
+            except ComputeError as exc:
+                log.info("hypervisor.unreachable", error=exc.message)
+                continue
+            if not self.ctx.state.connected.is_set():
+                await self._events.connected("connected")
+
+    async def wait(self) -> None:
+        """Wait until `ask_to_stop` or until a task fails. Raises what a task failed with."""
+        await self._stopping.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the agent serves commands. Raises `Unavailable` after `timeout_s` or when a task failed."""
+        ready, ended = asyncio.ensure_future(self._ready.wait()), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({ready, ended}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+            ended.cancel()
+        if not self._ready.is_set():
+            raise Unavailable("the agent did not become ready in time") from self._failure
+
+    def ask_to_stop(self) -> None:
+        """Make `wait` return. Safe to call from a signal handler on the loop."""
+        self._stopping.set()
+
+    async def stop(self) -> None:
+        """Drain within `drain_timeout_s`, publish what there is to tell, close. Unfinished work stays journaled."""
+        notify("STOPPING=1")
+        limit_s = self.settings.agent.drain_timeout_s
+        log.info("agent.stopping", operations=self._runner.in_flight, limit_s=limit_s)
+        self.ctx.state.ready = False
+        if self._subscription is not None:
+            await self._quietly("cancel consumer", self._subscription.cancel(), 5.0)
+        drained = await self._lanes.drain(limit_s)
+        await self._quietly("last event", self._tell(AgentLifecycle(state="stopping", version=__version__)), 2.0)
+        self._outbox.close()
+        await self._quietly("outbox", self._wait_task("outbox"), 5.0)
+        self.ctx.journal.close()
+        await self._end_tasks()
+        await self._events.close()
+        await self._quietly("bus", self.bus.close(), 10.0)
+        await self._quietly("driver", asyncio.to_thread(self.ctx.driver.close), 10.0)
+        await self.ctx.executor.close(2.0)
+        await self._health.stop()
+        await self._quietly("journal", self._store.close(), 30.0)
+        log.info("agent.stopped", drained=drained)
+
+    # --- health -----------------------------------------------------------------------------------------------
+
+    def not_ready(self) -> dict[str, str]:
+        """What keeps the agent from being ready; empty when it is."""
+        missing: dict[str, str] = {}
+        if not self.bus.connected:
+            missing["broker"] = "the broker is not connected"
+        elif self._subscription is None or not self._subscription.active:
+            missing["consumer"] = "the broker does not serve our consumer"
+        if not self.ctx.state.connected.is_set():
+            missing["hypervisor"] = self.ctx.state.conditions.get("hypervisor", "the hypervisor is not connected")
+        if self.ctx.journal.problem is not None:
+            missing["journal"] = self.ctx.journal.problem
+        if not self.ctx.state.ready:
+            missing.setdefault("start", "the agent is starting or stopping")
+        return missing
+
+    def _moving(self) -> Callable[[], bool]:
+        """Make a check for the watchdog: lanes with work moved since the last look, or wait for the hypervisor."""
+        last = [self._lanes.moved, 0]
+
+        def moving() -> bool:
+            stands = self._lanes.busy > 0 and self._lanes.moved == last[0]
+            excused = self.ctx.executor.stuck > 0 or not self.ctx.state.connected.is_set()
+            last[1] = last[1] + 1 if stands and not excused else 0
+            last[0] = self._lanes.moved
+            return last[1] * (watchdog_interval_s() or 0) < self.ctx.deadlines.long_s
+
+        return moving
+
+    def _bus_state(self, connected: bool) -> None:
+        metrics.BROKER_CONNECTED.set(int(connected))
+        log.info("broker.connection", connected=connected)
+        if connected:
+            self._heartbeat.ask()
+
+    def _journal_problem(self, problem: str | None) -> None:
+        if problem is None:
+            self.ctx.state.conditions.pop("journal", None)
+        else:
+            self.ctx.state.conditions["journal"] = problem
+        self._heartbeat.ask()
+
+    # --- tasks ------------------------------------------------------------------------------------------------
+
+    def _own(self, name: str, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("agent.task_failed", task=task.get_name(), exc_info=error)
+        self._failure = self._failure or error
+        self._stopping.set()
+
+    async def _wait_task(self, name: str) -> None:
+        for task in [task for task in self._tasks if task.get_name() == name]:
+            await asyncio.wait({task})
+
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell(self, event: AgentLifecycle) -> None:
+        await self.ctx.journal.commit(Change(events=[self.ctx.journal.event(event)]))
+
+    def _resume_undo(self) -> None:
+        """The hypervisor is back: take up what could not be taken back while it was away."""
+        self._own("undo", self._retry_undo())
+
+    async def _retry_undo(self) -> None:
+        records = [record for record in await self._store.operations(unfinished=True) if record.undo_pending]
+        await self._runner.resume(records)
+
+    async def _quietly(self, what: str, work: Coroutine[Any, Any, object], limit_s: float) -> None:
+        """Do one part of stopping within a limit; its failure must not keep the rest from stopping."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await work
+        except (TimeoutError, ComputeError) as exc:
+            log.warning("agent.stop_incomplete", part=what, error=str(exc) or "time limit")
+
+
+def _make_directory(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True, mode=0o755)
+
+
+def _make_driver(settings: Settings, state_dir: Path, emit: Callable[..., None]) -> Driver:
+    driver_class = load_driver(settings.driver.name)
+    return driver_class(
+        DriverContext(
+            host=settings.agent.host, state_dir=state_dir, settings=settings.driver.settings, emit=emit
+        )
+    )

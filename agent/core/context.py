@@ -1,0 +1,85 @@
+"""What every handler and task of the agent works with: the collaborators, given once by the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from agent.drivers.base import Capabilities, DomainInfo, Driver, PreparedImage
+from agent.messages.spec import ImageSource
+
+if TYPE_CHECKING:
+    from agent.core.capacity import Capacity
+    from agent.core.instances import Instances
+    from agent.core.journal import Journal
+    from agent.drivers.executor import DriverExecutor
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
+
+
+class Images(Protocol):
+    """Where verified images come from."""
+
+    async def prepare(self, source: ImageSource, progress: Callable[[int, int | None], None]) -> PreparedImage:
+        """Return the image, fetched and verified if it is not in the cache yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Limits of one driver call, in seconds, per thread pool."""
+
+    query_s: float = 15.0
+    mutate_s: float = 120.0
+    long_s: float = 3600.0
+    settle_s: float = 30.0
+    reconnect_s: float = 30.0
+
+
+@dataclass(slots=True)
+class HostState:
+    """What the agent knows about its host as a whole."""
+
+    enabled: bool = True
+    disabled_reason: str | None = None
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+    ready: bool = False
+    capabilities: Capabilities = field(
+        default_factory=lambda: Capabilities(hypervisor_type="unknown", hypervisor_version="", verbs=frozenset())
+    )
+    foreign: dict[str, DomainInfo] = field(default_factory=dict)
+    conditions: dict[str, str] = field(default_factory=dict)
+    """Name of what is wrong → sentence. Empty: all is well."""
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until the hypervisor can be asked. False after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.connected.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+@dataclass(slots=True)
+class Context:
+    """The collaborators. No logic lives here."""
+
+    host: str
+    compute_id: str
+    version: str
+    driver: Driver
+    executor: DriverExecutor
+    journal: Journal
+    instances: Instances
+    capacity: Capacity
+    images: Images
+    deadlines: Deadlines
+    state: HostState
+    heartbeat_now: Callable[[], None] = lambda: None
+    """Asks for a heartbeat soon; many askings become one."""

@@ -1,0 +1,362 @@
+"""A durable operation: steps that are journaled before and after, undone in reverse on failure, resumed after a
+crash.
+
+A handler is a coroutine over `op.step(name, do, undo=...)`. A step's `do` looks before it acts, because after a
+crash it runs again. That a step is done is written together with the beginning of the next one (or with the final
+result), so a step costs one commit. After a crash the handler runs from its beginning; steps that were done give
+their recorded output without running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import structlog
+from pydantic_core import from_json, to_json
+
+from agent.core.context import Context
+from agent.core.failpoints import failpoint
+from agent.drivers.base import CallContext
+from agent.drivers.executor import PoolName
+from agent.errors import Cancelled, ComputeError, DeadlineExceeded, FailedPrecondition, Internal, Unavailable
+from agent.messages.commands import Command
+from agent.messages.events import EventData, OperationProgress, PowerState
+from agent.store.base import Change, InstanceRecord, OperationRecord, StepRecord
+
+T = TypeVar("T")
+log = structlog.get_logger("operation")
+
+Json = dict[str, Any] | None
+Do = Callable[[], Awaitable[Json]]
+Undo = Callable[[], Awaitable[None]]
+
+UNDO_ATTEMPTS = 4
+CALL_ATTEMPTS = 3
+PROGRESS_INTERVAL_S = 0.5
+
+
+class RollBack(Exception):  # noqa: N818 - control flow, never seen outside this package
+    """Raised into a handler whose operation is being rolled back after a crash, once its past is replayed."""
+
+
+class Operation:
+    """One run of one operation: what a handler works with."""
+
+    def __init__(self, ctx: Context, record: OperationRecord, command: Command[Any], past: list[StepRecord]) -> None:
+        self.ctx = ctx
+        self.record = record
+        self.command = command
+        self._past = {step.index: step for step in past}
+        self._undos: list[tuple[StepRecord, Undo]] = []
+        self._index = 0
+        self._finished: StepRecord | None = None
+        self._staged = Change()
+        self._returned = False
+        self._cancellable: asyncio.Task[Json] | None = None
+        self._loud = command.reportprogress
+        self._last_progress = 0.0
+        self._reporting: asyncio.Task[None] | None = None
+        self._phase = "waiting"
+        self._past_return = False
+        self._cancel_asked = asyncio.Event()
+
+    # --- for handlers -----------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """The command's id."""
+        return self.record.id
+
+    @property
+    def instance_id(self) -> str:
+        """The instance this is about. Only for verbs that have one."""
+        if self.record.instance_id is None:
+            raise Internal(f"{self.record.verb} has no instance")
+        return self.record.instance_id
+
+    @property
+    def begun(self) -> bool:
+        """Whether any step was ever started."""
+        return self._index > 0 or bool(self._past)
+
+    def done_before(self, name: str) -> bool:
+        """Whether a step was started by a former run: what it checks has been checked then."""
+        return any(step.name == name for step in self._past.values())
+
+    async def step(self, name: str, do: Do, *, undo: Undo | None = None, cancellable: bool = False) -> Json:
+        """Run one step durably and return its output, a JSON object or None.
+
+        `undo` takes back what `do` did, wholly or in part; it must succeed where there is nothing to take back.
+        `cancellable`: a cancel need not wait for the end of this step.
+        """
+        index, self._index = self._index, self._index + 1
+        past = self._past.get(index)
+        if past is not None and past.name != name:
+            raise Internal(f"step {index} of {self.record.verb} is {name} now and was {past.name} when it was journaled")
+        begun = past or StepRecord(self.id, index, name, "started")
+        if undo is not None and begun.state != "undone":
+            self._undos.append((begun, undo))
+        if past is not None and past.state in ("done", "undone"):
+            return from_json(past.output) if past.output is not None else None
+        if self.record.state == "undoing":
+            raise RollBack
+        self._check_cancelled()
+        if past is None:
+            await self._commit(Change(steps=[begun]))
+        self._phase = name
+        self._report(OperationProgress(**self._names(), phase=name))
+        failpoint(f"{self.record.verb}:{name}:before")
+        output = await self._do(do, cancellable=cancellable)
+        failpoint(f"{self.record.verb}:{name}:after")
+        self._finished = replace(begun, state="done", output=None if output is None else to_json(output))
+        return output
+
+    def point_of_no_return(self) -> None:
+        """From here on the operation is finished, not taken back: neither failure nor cancel undoes anything."""
+        self._past_return = True
+        self._undos.clear()
+
+    @property
+    def past_return(self) -> bool:
+        """Whether the point of no return was passed."""
+        return self._past_return
+
+    @property
+    def can_be_cancelled(self) -> bool:
+        """Whether a cancel would still take effect."""
+        return not self._past_return and not self._returned
+
+    def mark_started(self) -> None:
+        """Record the beginning of this run with its first commit."""
+        self._staged.operation = replace(self.record)
+
+    def stage(
+        self,
+        *,
+        instance: InstanceRecord | None = None,
+        event: EventData | None = None,
+        removed: str | None = None,
+        settings: dict[str, str] | None = None,
+    ) -> None:
+        """Add to the next commit: with the next step's beginning, or with the final result."""
+        if settings is not None:
+            self._staged.settings.update(settings)
+        if instance is not None:
+            self._staged.instances.append(instance)
+        if removed is not None:
+            self._staged.removed_instances.append(removed)
+        if event is not None:
+            self._staged.events.append(
+                self.ctx.journal.event(
+                    event, subject=self.record.instance_id, traceparent=self.command.traceparent
+                )
+            )
+
+    async def query(self, call: Callable[..., T], *args: Any) -> T:
+        """Call the driver to read. Raises what the driver raises, and `DeadlineExceeded`."""
+        deadline_s = self.ctx.deadlines.query_s
+        return await self._retried(lambda: self.ctx.executor.call("query", call, *args, deadline_s=deadline_s))
+
+    async def mutate(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call the driver to change this instance. After `DeadlineExceeded` the lane waits for the thread."""
+        return await self._keyed("mutate", call, args, kwargs, self.ctx.deadlines.mutate_s)
+
+    async def long(self, call: Callable[..., T], *args: Any) -> T:
+        """Call the driver for long work; the last argument it gets is a `CallContext`."""
+        loop = asyncio.get_running_loop()
+
+        def progress(percent: float) -> None:
+            loop.call_soon_threadsafe(self.progress, percent)
+
+        context = CallContext(progress=progress, cancelled=lambda: self.record.cancel_requested)
+        return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
+
+    async def _keyed(
+        self, pool: PoolName, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
+    ) -> T:
+        def run() -> T:
+            return call(*args, **kwargs)
+
+        run.__name__ = getattr(call, "__name__", "call")
+        key = self.record.instance_id
+        return await self._retried(lambda: self.ctx.executor.call(pool, run, deadline_s=deadline_s, key=key))
+
+    async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call the driver, and again when the hypervisor went away and came back: driver calls are idempotent."""
+        for attempt in range(1, CALL_ATTEMPTS + 1):
+            try:
+                return await call()
+            except Unavailable as exc:
+                if attempt == CALL_ATTEMPTS or exc.code != "unavailable":
+                    raise
+                log.info("operation.call_retried", operation=self.id, attempt=attempt, code=exc.code)
+                await self.ctx.state.wait_connected(self.ctx.deadlines.reconnect_s)
+        raise Internal("unreachable")
+
+    async def unless_cancelled(self, waited_for: asyncio.Future[T]) -> T:
+        """Wait for a future, but no longer than until the operation is cancelled. Raises `Cancelled`."""
+        asked = asyncio.ensure_future(self._cancel_asked.wait())
+        both: set[asyncio.Future[Any]] = {asked, waited_for}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        self._check_cancelled()
+        return waited_for.result()
+
+    async def wait_observed(self, wanted: frozenset[PowerState], timeout_s: float) -> PowerState:
+        """Wait for one of these power states. Raises `DeadlineExceeded`, `Cancelled`."""
+        waiting = asyncio.ensure_future(self.ctx.instances.wait_observed(self.instance_id, wanted, timeout_s))
+        try:
+            return await self.unless_cancelled(waiting)
+        finally:
+            waiting.cancel()
+
+    def progress(self, percent: float | None = None, *, done_bytes: int | None = None, total_bytes: int | None = None) -> None:
+        """Report how far the current step is; sent at most twice a second, and only where someone wants to know."""
+        at = asyncio.get_running_loop().time()
+        if at - self._last_progress < PROGRESS_INTERVAL_S:
+            return
+        self._last_progress = at
+        if percent is None and total_bytes:
+            percent = round(100 * (done_bytes or 0) / total_bytes, 1)
+        self._report(
+            OperationProgress(
+                **self._names(), phase=self._phase, percent=percent, done_bytes=done_bytes, total_bytes=total_bytes
+            )
+        )
+
+    # --- for the runner ---------------------------------------------------------------------------------------
+
+    def speak_up(self) -> None:
+        """Send progress from now on: the work outlasts what a controller waits in silence."""
+        self._loud = True
+
+    def cancel(self) -> None:
+        """Ask the operation to end: at once if its step allows it, else before its next step."""
+        self.record.cancel_requested = True
+        self._cancel_asked.set()
+        if self._cancellable is not None and not self._past_return:
+            self._cancellable.cancel()
+
+    async def roll_back(self) -> bool:
+        """Undo what was done, in reverse. True if all of it was; what could not be is left for a later try."""
+        if not self._undos:
+            return True
+        if self.record.state != "undoing":
+            self.record.state = "undoing"
+            await self._commit(Change(operation=replace(self.record)))
+        whole = True
+        for step, undo in reversed(self._undos):
+            failpoint(f"{self.record.verb}:{step.name}:undo")
+            if await self._undo(step, undo):
+                self._staged.steps.append(replace(step, state="undone"))
+            else:
+                whole = False
+        return whole
+
+    def take_staged(self) -> Change:
+        """What is to go into the final commit."""
+        self._returned = True
+        change, self._staged = self._staged, Change()
+        # An event may have changed an instance since it was staged: what is committed is what is true now.
+        staged = {record.id for record in change.instances}
+        change.instances = [record for record in map(self.ctx.instances.find, staged) if record is not None]
+        if self._finished is not None and not any(step.index == self._finished.index for step in change.steps):
+            change.steps.append(self._finished)
+        return change
+
+    async def wait_reported(self) -> None:
+        """Wait for the last progress report, so that none comes after the final event."""
+        if self._reporting is not None:
+            await asyncio.gather(self._reporting, return_exceptions=True)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    async def _do(self, do: Do, *, cancellable: bool) -> Json:
+        if not cancellable:
+            return await do()
+        self._cancellable = asyncio.ensure_future(do())
+        try:
+            return await self._cancellable
+        except asyncio.CancelledError:
+            if not self.record.cancel_requested:
+                self._cancellable.cancel()
+                raise
+            raise Cancelled("the operation was cancelled") from None
+        finally:
+            self._cancellable = None
+
+    def _check_cancelled(self) -> None:
+        if self.record.cancel_requested and not self._past_return:
+            raise Cancelled("the operation was cancelled")
+
+    async def _undo(self, step: StepRecord, undo: Undo) -> bool:
+        for attempt in range(1, UNDO_ATTEMPTS + 1):
+            try:
+                if attempt == 1 and not await self._settled():
+                    return False
+                await undo()
+                return True
+            except ComputeError as exc:
+                log.warning("operation.undo_failed", operation=self.id, step=step.name, attempt=attempt, code=exc.code)
+                if isinstance(exc, DeadlineExceeded):
+                    return False
+            except Exception:
+                log.exception("operation.undo_failed", operation=self.id, step=step.name, attempt=attempt)
+            await asyncio.sleep(min(0.2 * 2**attempt, 5.0) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        return False
+
+    async def _settled(self) -> bool:
+        """Wait, with a limit, until no late driver call can still act on the instance."""
+        if self.record.instance_id is None:
+            return True
+        return await self.ctx.executor.wait_settled(self.record.instance_id, self.ctx.deadlines.settle_s)
+
+    async def _commit(self, change: Change) -> None:
+        staged = self.take_staged()
+        self._returned = False
+        self._finished = None
+        change.operation = change.operation or staged.operation
+        change.steps = staged.steps + change.steps
+        change.instances = staged.instances
+        change.removed_instances = staged.removed_instances
+        change.events = staged.events
+        change.settings = staged.settings
+        await self.ctx.journal.commit(change)
+
+    def _names(self) -> dict[str, Any]:
+        return {"operation_id": self.id, "verb": self.record.verb, "instance_id": self.record.instance_id}
+
+    def _report(self, event: OperationProgress) -> None:
+        """Send a progress report unless the last one is still on its way: a slow disk must not pile them up."""
+        if not self._loud or (self._reporting is not None and not self._reporting.done()):
+            return
+        self._reporting = asyncio.get_running_loop().create_task(self._publish(event))
+
+    async def _publish(self, event: EventData) -> None:
+        await self.ctx.journal.commit(
+            Change(
+                events=[
+                    self.ctx.journal.event(
+                        event,
+                        subject=self.record.instance_id,
+                        traceparent=self.command.traceparent,
+                        reply_to=self.record.reply_to,
+                        correlation_id=self.record.correlation_id,
+                    )
+                ]
+            )
+        )
+
+
+def require(condition: bool, sentence: str, code: str | None = None) -> None:
+    """Raise `FailedPrecondition` with this sentence unless the condition holds."""
+    if not condition:
+        raise FailedPrecondition(sentence, code=code)
+
+

@@ -1,0 +1,128 @@
+"""The journal against the hypervisor: what differs, and what follows from it. Nothing is ever destroyed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+
+from agent.core.context import Context, now
+from agent.core.runner import Runner
+from agent.drivers.base import DomainInfo
+from agent.errors import ComputeError
+from agent.messages.events import EventData, HostDrift
+from agent.store.base import Change, InstanceRecord
+
+log = structlog.get_logger("reconcile")
+
+
+async def reconcile(ctx: Context, runner: Runner, *, resync: bool) -> bool:
+    """Re-read every domain, commit and publish the differences. `resync` marks events that follow a gap.
+
+    Instances with an operation under way are left to it. Returns False where the hypervisor cannot be asked.
+    """
+    busy_before = runner.busy_instances()
+    try:
+        domains = await ctx.executor.call("long", ctx.driver.recover, deadline_s=ctx.deadlines.long_s)
+    except ComputeError as exc:
+        log.warning("reconcile.failed", code=exc.code, error=exc.message)
+        return False
+    busy = busy_before | runner.busy_instances()
+    difference = _Difference(ctx, resync=resync)
+    found = {domain.id: domain for domain in domains}
+    for domain in domains:
+        if domain.id in busy:
+            continue
+        if domain.owned:
+            difference.owned(domain)
+    for record in ctx.instances.all():
+        if record.id not in found and record.id not in busy:
+            difference.missing(record)
+    difference.foreign([domain for domain in domains if not domain.owned and domain.id not in busy])
+    if difference.change.events or difference.change.instances:
+        await ctx.journal.commit(difference.change)
+        ctx.heartbeat_now()
+    return True
+
+
+class _Difference:
+    """Collects one pass's differences in one change."""
+
+    def __init__(self, ctx: Context, *, resync: bool) -> None:
+        self._ctx = ctx
+        self._resync = resync
+        self.change = Change()
+
+    def owned(self, domain: DomainInfo) -> None:
+        record = self._ctx.instances.find(domain.id)
+        if record is None:
+            self._adopt(domain)
+            return
+        if record.reason == "missing":
+            self._drift("returned", domain.name, "the domain is there again", domain.id)
+        if record.observed != domain.power or record.reason == "missing":
+            self._observe(record, domain)
+
+    def missing(self, record: InstanceRecord) -> None:
+        """The hypervisor answered and has no such domain."""
+        if record.reason == "missing":
+            return
+        self._drift(
+            "missing-domain",
+            record.name,
+            "the hypervisor has no such domain; delete the instance, or define the domain again",
+            record.id,
+        )
+        updated = self._ctx.instances.update(record.id, observed="stopped", reason="missing")
+        self._state(updated, record)
+
+    def foreign(self, domains: Sequence[DomainInfo]) -> None:
+        known = self._ctx.state.foreign
+        for domain in domains:
+            if domain.id not in known:
+                self._drift("foreign-domain", domain.name, "not made by this agent; it is counted and left alone", domain.id)
+        current = {domain.id: domain for domain in domains}
+        for gone in known.keys() - current.keys():
+            self._drift("foreign-domain-gone", known[gone].name, "it is no longer on this host", gone)
+        self._ctx.state.foreign = current
+
+    def _adopt(self, domain: DomainInfo) -> None:
+        """A domain of ours that the journal does not know: the journal was lost; its metadata has all we need."""
+        if domain.spec is None:
+            return
+        at = now()
+        record = InstanceRecord(
+            id=domain.id,
+            spec=domain.spec,
+            generation=domain.generation or 0,
+            desired="running" if domain.power in ("running", "paused") else "stopped",
+            observed=domain.power,
+            reason=domain.reason,
+            created_by="",
+            created_at=at,
+            updated_at=at,
+        )
+        self._ctx.instances.put(record)
+        self._drift("adopted", domain.name, "rebuilt from the domain's own metadata", domain.id)
+        self._state(record, None)
+
+    def _observe(self, record: InstanceRecord, domain: DomainInfo) -> None:
+        updated = self._ctx.instances.update(record.id, observed=domain.power, reason=domain.reason)
+        self._state(updated, record)
+
+    def _state(self, record: InstanceRecord, before: InstanceRecord | None) -> None:
+        previous = before.observed if before is not None else None
+        self.change.instances.append(record)
+        self._event(
+            self._ctx.instances.state_event(record, previous=previous, resync=self._resync), subject=record.id
+        )
+
+    def _drift(self, difference: str, name: str, detail: str, instance_id: str) -> None:
+        log.warning("reconcile.drift", difference=difference, name=name, instance=instance_id)
+        data = HostDrift.model_validate(
+            {"difference": difference, "name": name, "detail": detail, "instance_id": instance_id}
+        )
+        self._event(data, subject=instance_id)
+
+    def _event(self, data: EventData, *, subject: str) -> None:
+        self.change.events.append(self._ctx.journal.event(data, subject=subject))

@@ -1,0 +1,343 @@
+"""Runs accepted operations in their lanes, to exactly one final result, and takes up interrupted ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import structlog
+from pydantic import BaseModel
+
+from agent import metrics
+from agent.core.context import Context, now
+from agent.core.lanes import Lanes
+from agent.core.operation import Operation, RollBack
+from agent.core.outcome import final_event, problem_of, state_of
+from agent.core.registry import Registry, Route
+from agent.drivers.base import OPTIONAL_VERBS
+from agent.errors import Cancelled, ComputeError, Expired, FailedPrecondition, Internal, NotFound, Unsupported
+from agent.messages.commands import Command, Refused, parse_command
+from agent.messages.events import EventData, OperationAccepted, OperationStarted
+from agent.store.base import Change, OperationRecord
+
+log = structlog.get_logger("message")
+
+SILENCE_S = 0.2
+"""Work that outlasts this reports that it was accepted and started, asked or not."""
+MAX_ATTEMPTS = 5
+"""An operation that was interrupted this often is rolled back: it may be what kills the agent."""
+
+
+@dataclass(slots=True)
+class Open:
+    """An operation without final result."""
+
+    record: OperationRecord
+    command: Command[Any]
+    operation: Operation | None = None
+    announced: bool = False
+    timer: asyncio.TimerHandle | None = None
+    more_replies: list[str] = field(default_factory=list)
+    """Where duplicates that came meanwhile want the answer too."""
+
+
+class Runner:
+    """Owns the operations that are accepted and not yet finished."""
+
+    def __init__(self, ctx: Context, registry: Registry, lanes: Lanes) -> None:
+        self._ctx = ctx
+        self._registry = registry
+        self._lanes = lanes
+        self._open: dict[str, Open] = {}
+        self._announcing: set[asyncio.Task[None]] = set()
+        lanes.blocked = self._wait_settled
+
+    @property
+    def in_flight(self) -> int:
+        """Operations without final result."""
+        return len(self._open)
+
+    def find(self, operation_id: str) -> Open | None:
+        """An operation without final result, or None."""
+        return self._open.get(operation_id)
+
+    def busy_instances(self) -> set[str]:
+        """Instances that an operation is about, now or soon."""
+        return {item.record.instance_id for item in self._open.values() if item.record.instance_id}
+
+    def submit(self, record: OperationRecord, command: Command[Any]) -> None:
+        """Queue a journaled operation in its lane."""
+        item = Open(record, command, announced=command.reportprogress)
+        self._open[record.id] = item
+        item.timer = asyncio.get_running_loop().call_later(SILENCE_S, self._announce, item)
+        route = self._registry[record.verb]
+        self._lanes.put(self._lane(record, route), route.work, lambda: self._run(item, route))
+
+    async def resume(self, records: Sequence[OperationRecord]) -> int:
+        """Take up what a former process left, in order of arrival. Returns how many there were."""
+        for record in records:
+            try:
+                command = parse_command(record.body)
+            except Refused as exc:
+                await self._give_up(record, exc)
+                continue
+            if record.final:
+                self.retry_undo(record, command)
+            else:
+                self.submit(record, command)
+        return len(records)
+
+    def retry_undo(self, record: OperationRecord, command: Command[Any]) -> None:
+        """Try again to take back what an ended operation left."""
+        route = self._registry[record.verb]
+        self._lanes.put(self._lane(record, route), route.work, lambda: self._finish_undo(record, command, route))
+
+    async def cancel(self, operation_id: str) -> None:
+        """Ask an operation to end: one that still waits for its turn ends here and now.
+
+        Raises `NotFound` where it is unknown or ended, `FailedPrecondition` past its point of no return.
+        """
+        item = self._open.get(operation_id)
+        if item is None:
+            raise NotFound(f"no operation {operation_id} is waiting or running", code="unknown_operation")
+        record = item.record
+        if item.operation is not None and not item.operation.can_be_cancelled:
+            raise FailedPrecondition(
+                "the operation is past its point of no return and will finish", code="too_late_to_cancel"
+            )
+        record.cancel_requested = True
+        if item.operation is None and record.attempt == 0:
+            await self._end_waiting(item)
+            return
+        await self._ctx.journal.commit(Change(operation=replace(record)))
+        if item.operation is not None:
+            item.operation.cancel()
+
+    async def _end_waiting(self, item: Open) -> None:
+        record, at = item.record, now()
+        record.state, record.finished_at, record.error_code = "cancelled", at, Cancelled.default_code
+        error = Cancelled("the operation was cancelled before it began")
+        change = Change()
+        self._conclude(record, item.command, final_event(record, error, {}, at=at), change, item.more_replies)
+        self._close(item)
+        await self._ctx.journal.commit(change)
+        self._log_done(record, error, at)
+
+    def _close(self, item: Open) -> None:
+        self._open.pop(item.record.id, None)
+        if item.timer is not None:
+            item.timer.cancel()
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _lane(self, record: OperationRecord, route: Route) -> str:
+        if route.lane == "instance" and record.instance_id:
+            return record.instance_id
+        return "host" if route.lane == "host" else f"operation {record.id}"
+
+    async def _wait_settled(self, key: str) -> None:
+        if not self._ctx.executor.is_settled(key):
+            log.warning("lane.blocked", lane=key)
+            # No limit by design: a late call may still act on the instance, so nothing else may.
+            await self._ctx.executor.wait_settled(key, None)
+
+    async def _run(self, item: Open, route: Route) -> None:
+        record = item.record
+        if record.final:
+            return  # cancelled while it waited
+        try:
+            past = await self._ctx.journal.store.steps(record.id) if record.attempt else []
+            operation = Operation(self._ctx, record, item.command, past)
+            item.operation = operation
+            with structlog.contextvars.bound_contextvars(operation=record.id, instance=record.instance_id):
+                error, result = await self._attempt(item, route, operation)
+                await self._finish(item, operation, error, result)
+        finally:
+            if record.final:
+                self._close(item)
+
+    async def _attempt(self, item: Open, route: Route, operation: Operation) -> tuple[BaseException | None, dict[str, Any]]:
+        record = item.record
+        try:
+            self._check(record, item.command)
+            record.attempt += 1
+            if record.state != "undoing":
+                record.state = "running"
+                record.started_at = now()
+            operation.mark_started()
+            if item.announced:
+                operation.speak_up()
+                self._spawn(item, self._started(record))
+            if route.handler is None:
+                raise Internal(f"{record.verb} has no handler")
+            returned: BaseModel | None = await route.handler(operation, item.command.data)
+            return None, returned.model_dump(mode="json", exclude_none=True) if returned is not None else {}
+        except RollBack:
+            return _error_of(record), {}
+        except ComputeError as exc:
+            return exc, {}
+        except Exception as exc:
+            log.exception("operation.unexpected_error", verb=record.verb)
+            return exc, {}
+
+    def _check(self, record: OperationRecord, command: Command[Any]) -> None:
+        if record.state == "undoing":
+            return
+        if record.cancel_requested:
+            if record.attempt == 0:
+                raise Cancelled("the operation was cancelled before it began")
+            record.state = "undoing"
+        elif record.attempt == 0 and command.is_expired(now()):
+            raise Expired("the command's expirytime passed while it waited for its turn")
+        elif record.attempt >= MAX_ATTEMPTS:
+            log.error("operation.too_many_attempts", attempts=record.attempt)
+            record.error_code = "too_many_attempts"
+            record.state = "undoing"
+        verb = record.verb
+        if verb in OPTIONAL_VERBS and verb not in self._ctx.state.capabilities.verbs:
+            raise Unsupported(f"driver {self._ctx.driver.name} cannot do {verb} on this host", code="verb_unsupported", verb=verb)
+
+    async def _finish(
+        self, item: Open, operation: Operation, error: BaseException | None, result: dict[str, Any]
+    ) -> None:
+        record = item.record
+        undone = True
+        if error is not None:
+            record.error_code = problem_of(error).code
+            undone = await operation.roll_back()
+        await operation.wait_reported()
+        if self._announcing:
+            await asyncio.gather(*self._announcing, return_exceptions=True)
+        at = now()
+        record.state = "succeeded" if error is None else state_of(error, begun=operation.begun)
+        record.finished_at = at
+        record.undo_pending = not undone
+        whole = undone and not (error is not None and operation.past_return)
+        event = final_event(record, error, result, at=at, undone=whole)
+        change = operation.take_staged()
+        self._conclude(item.record, item.command, event, change, item.more_replies)
+        await self._ctx.journal.commit(change)
+        self._log_done(record, error, at)
+        if record.undo_pending:
+            self.retry_undo(record, item.command)
+
+    def _conclude(
+        self, record: OperationRecord, command: Command[Any], event: EventData, change: Change, more: list[str]
+    ) -> None:
+        pending = self._ctx.journal.event(
+            event,
+            subject=record.instance_id,
+            traceparent=command.traceparent,
+            reply_to=record.reply_to,
+            correlation_id=record.correlation_id,
+        )
+        pending = replace(pending, cc=tuple(dict.fromkeys((*pending.cc, *more))))
+        record.final_body = pending.body
+        change.operation = replace(record)
+        change.events.append(pending)
+        change.final_of = record.id
+
+    def _log_done(self, record: OperationRecord, error: BaseException | None, at: Any) -> None:
+        took_s = (at - record.accepted_at).total_seconds()
+        waited_s = ((record.started_at or at) - record.accepted_at).total_seconds()
+        metrics.COMMANDS.labels(record.verb, record.state).inc()
+        metrics.COMMAND_SECONDS.labels(record.verb).observe(took_s)
+        fields: dict[str, Any] = {
+            "verb": record.verb,
+            "operation": record.id,
+            "instance": record.instance_id,
+            "outcome": record.state,
+            "attempt": record.attempt,
+            "wait_ms": round(waited_s * 1000, 1),
+            "run_ms": round((took_s - waited_s) * 1000, 1),
+        }
+        if error is not None:
+            problem = problem_of(error)
+            fields |= {"code": problem.code, "error": problem.message}
+        log.info("message.done", **fields)
+
+    async def _finish_undo(self, record: OperationRecord, command: Command[Any], route: Route) -> None:
+        past = await self._ctx.journal.store.steps(record.id)
+        replayed = replace(record, state="undoing")
+        operation = Operation(self._ctx, replayed, command, past)
+        try:
+            if route.handler is not None:
+                await route.handler(operation, command.data)
+        except RollBack:
+            pass
+        except ComputeError as exc:
+            log.warning("operation.undo_replay_failed", operation=record.id, code=exc.code)
+            return
+        undone = await operation.roll_back()
+        change = operation.take_staged()
+        record.undo_pending = not undone
+        change.operation = replace(record)
+        await self._ctx.journal.commit(change)
+        log.info("operation.undo_finished" if undone else "operation.undo_still_pending", operation=record.id)
+
+    async def _give_up(self, record: OperationRecord, exc: Refused) -> None:
+        """End an operation whose command this version can no longer read."""
+        log.error("operation.unreadable", operation=record.id, error=exc.message)
+        record.state, record.finished_at, record.error_code = "failed", now(), exc.code
+        event = final_event(record, exc, {}, at=now(), undone=False)
+        pending = self._ctx.journal.event(
+            event, subject=record.instance_id, reply_to=record.reply_to, correlation_id=record.correlation_id
+        )
+        record.final_body = pending.body
+        await self._ctx.journal.commit(Change(operation=replace(record), events=[pending], final_of=record.id))
+
+    # --- telling those who wait -------------------------------------------------------------------------------
+
+    def accepted(self, record: OperationRecord) -> EventData:
+        """The event that says so."""
+        return OperationAccepted(operation_id=record.id, verb=record.verb, instance_id=record.instance_id)
+
+    def _started(self, record: OperationRecord) -> EventData:
+        return OperationStarted(
+            operation_id=record.id, verb=record.verb, instance_id=record.instance_id, attempt=record.attempt
+        )
+
+    def _announce(self, item: Open) -> None:
+        """The work outlasts the time a controller waits in silence."""
+        if item.announced or item.record.final:
+            return
+        item.announced = True
+        events = [self.accepted(item.record)]
+        if item.operation is not None:
+            events.append(self._started(item.record))
+            item.operation.speak_up()
+        self._spawn(item, *events)
+
+    def _spawn(self, item: Open, *events: EventData) -> None:
+        task = asyncio.get_running_loop().create_task(self._tell(item, events))
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
+
+    async def _tell(self, item: Open, events: Sequence[EventData]) -> None:
+        record = item.record
+        pending = [
+            self._ctx.journal.event(
+                event,
+                subject=record.instance_id,
+                traceparent=item.command.traceparent,
+                reply_to=record.reply_to,
+                correlation_id=record.correlation_id,
+            )
+            for event in events
+        ]
+        await self._ctx.journal.commit(Change(events=pending))
+
+
+def _error_of(record: OperationRecord) -> ComputeError:
+    """The error for an operation that a former process began to roll back."""
+    if record.cancel_requested:
+        return Cancelled("the operation was cancelled")
+    error = Internal(
+        "the operation failed, the agent was restarted while it was undone, and the undoing was finished after that",
+        code=record.error_code or "interrupted",
+    )
+    return error
+
+

@@ -1,0 +1,191 @@
+"""What the simulated hypervisor keeps: domains and disks, in memory or also as small files.
+
+Files are replaced atomically but not synced: they outlive the process, as guests do, not the host. Nothing here
+takes a lock; the hypervisor does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from agent.drivers.base import DomainInfo
+from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
+from agent.messages.events import PowerState
+from agent.messages.spec import InstanceSpec
+
+
+@dataclass(slots=True)
+class Domain:
+    """One domain. The spec is kept as text, a quarter of the size of the model: there may be thousands.
+
+    Times are of the wall clock, since they have to hold over a restart. `pending` are the guest's acts to come,
+    with their times. `boots` counts the boots that were completed before the present start.
+    """
+
+    id: str
+    name: str
+    vcpus: int
+    memory_mib: int
+    owned: bool = True
+    power: PowerState = "stopped"
+    reason: str = "defined"
+    generation: int | None = None
+    spec_json: str | None = None
+    started_at: float | None = None
+    paused_at: float | None = None
+    boots: int = 0
+    pending: dict[str, float] = field(default_factory=dict)
+    steering: Steering = UNSTEERED
+
+    @property
+    def active(self) -> bool:
+        """Running or paused: there is a guest in memory."""
+        return self.power in {"running", "paused"}
+
+    @property
+    def spec(self) -> InstanceSpec | None:
+        """The spec from the domain's metadata."""
+        return None if self.spec_json is None else InstanceSpec.model_validate_json(self.spec_json)
+
+    def set_spec(self, spec: InstanceSpec, generation: int) -> None:
+        """Take a new definition. Raises `InvalidArgument` for a `fake.` label that does not exist."""
+        self.steering = parse_labels(spec.labels)
+        self.spec_json = spec.model_dump_json(exclude_defaults=True)
+        self.name, self.vcpus, self.memory_mib = spec.name, spec.vcpus, spec.memory_mib
+        self.generation = generation
+
+    def info(self) -> DomainInfo:
+        """What the driver reports."""
+        return DomainInfo(
+            id=self.id, name=self.name, power=self.power, reason=self.reason, owned=self.owned, vcpus=self.vcpus,
+            memory_mib=self.memory_mib, spec=self.spec, generation=self.generation,
+        )  # fmt: skip
+
+
+_SAVED = tuple(f.name for f in fields(Domain) if f.name != "steering")
+
+
+class Domains:
+    """All domains by id and by name; with a folder, one JSON file each."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._by_id: dict[str, Domain] = {}
+        self._ids: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Domain]:
+        return iter(self._by_id.values())
+
+    def get(self, instance_id: str) -> Domain | None:
+        return self._by_id.get(instance_id)
+
+    def owner_of(self, name: str) -> str | None:
+        """The id of the domain with this name."""
+        return self._ids.get(name)
+
+    def put(self, domain: Domain) -> None:
+        """Keep a domain as it is now."""
+        self._by_id[domain.id] = domain
+        self._ids[domain.name] = domain.id
+        if self.folder is not None:
+            path = self.folder / f"{domain.id}.json"
+            text = json.dumps({name: getattr(domain, name) for name in _SAVED})
+            write_atomically(path, text)
+
+    def remove(self, domain: Domain) -> None:
+        self._by_id.pop(domain.id, None)
+        self._ids.pop(domain.name, None)
+        if self.folder is not None:
+            (self.folder / f"{domain.id}.json").unlink(missing_ok=True)
+
+    def load(self) -> None:
+        """Read what an earlier process left."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        for path in self.folder.glob("*.json"):
+            domain = Domain(**json.loads(path.read_bytes()))
+            spec = domain.spec
+            if spec is not None:
+                domain.steering = parse_labels(spec.labels)
+            self._by_id[domain.id] = domain
+            self._ids[domain.name] = domain.id
+
+
+@dataclass(slots=True)
+class Disk:
+    """A simulated root disk."""
+
+    size_mib: int
+    image_sha256: str | None = None
+
+
+class Disks:
+    """Root disks by instance; with a folder, a subfolder with placeholder files each."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._by_id: dict[str, Disk] = {}
+        self.used_mib = 0
+
+    def get(self, instance_id: str) -> Disk | None:
+        return self._by_id.get(instance_id)
+
+    def put(self, instance_id: str, disk: Disk, *, seed: bool) -> None:
+        """Make the disk, and the seed if there is one, in place of what there was."""
+        self.remove(instance_id)
+        self._by_id[instance_id] = disk
+        self.used_mib += disk.size_mib
+        if self.folder is not None:
+            folder = self.folder / instance_id
+            folder.mkdir(parents=True, exist_ok=True)
+            if seed:
+                (folder / "seed.iso").write_bytes(b"")
+            # Last, because `load` takes a folder without it for an unfinished one.
+            write_atomically(folder / "root.qcow2", json.dumps(asdict(disk)))
+
+    def remove(self, instance_id: str) -> None:
+        """Remove everything of an instance. Idempotent."""
+        disk = self._by_id.pop(instance_id, None)
+        if disk is not None:
+            self.used_mib -= disk.size_mib
+        if self.folder is not None:
+            shutil.rmtree(self.folder / instance_id, ignore_errors=True)
+
+    def path(self, instance_id: str, name: str) -> str | None:
+        """Where a file of an instance is, or None if disks are in memory only."""
+        return None if self.folder is None else str(self.folder / instance_id / name)
+
+    def touch_console(self, instance_id: str) -> None:
+        """Make the console log's file, as the start of a guest does."""
+        if self.folder is not None:
+            folder = self.folder / instance_id
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "console.log").touch()
+
+    def load(self) -> None:
+        """Read what an earlier process left."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        for folder in self.folder.iterdir():
+            try:
+                raw: dict[str, Any] = json.loads((folder / "root.qcow2").read_bytes())
+            except FileNotFoundError:
+                continue
+            disk = Disk(**raw)
+            self._by_id[folder.name] = disk
+            self.used_mib += disk.size_mib
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that readers see the old or the new content."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

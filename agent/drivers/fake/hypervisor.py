@@ -1,0 +1,288 @@
+"""The simulated hypervisor: domains that change their power, guests that react after a while, disks.
+
+It always works: latency, faults and the lost connection are the driver's. One lock guards all state and is held for
+no longer than a small file takes to write; guests act and events are delivered on one thread (`timers`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
+from agent.drivers.fake.domains import Disk, Disks, Domain, Domains
+from agent.drivers.fake.settings import FakeSettings
+from agent.drivers.fake.timers import Timers
+from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
+from agent.messages.spec import InstanceSpec
+
+_MIB = 1024 * 1024
+UP_LINE = b"compute-agent guest is up\n"
+
+
+class Hypervisor:
+    """A host full of simulated guests. `deliver` gets the events, from the timers' thread."""
+
+    def __init__(self, settings: FakeSettings, folder: Path | None, deliver: Callable[[DriverEvent], None]) -> None:
+        self._settings = settings
+        self._deliver = deliver
+        self.lock = threading.RLock()
+        self.timers = Timers("fake-hypervisor")
+        self.domains = Domains(folder and folder / "domains")
+        self.disks = Disks(folder and folder / "instances")
+        self._loaded = False
+
+    def open(self) -> None:
+        """Load what an earlier process left, let the time pass that it was away, and begin. Idempotent."""
+        with self.lock:
+            if self._loaded:
+                return
+            self._loaded = True
+            self.domains.load()
+            self.disks.load()
+            now = time.time()
+            for domain in self.domains:
+                for act, at in sorted(domain.pending.items(), key=lambda item: item[1]):
+                    if at <= now and domain.power == "running":
+                        self._guest_acts(domain.id, act, at)
+            # Only now does anybody listen: events of the time before are lost, as with a real hypervisor.
+            self.timers.start()
+            for domain in self.domains:
+                self._schedule_all(domain)
+
+    def close(self) -> None:
+        """End the thread. Guests go on: their acts to come are done by the next `open`."""
+        self.timers.stop()
+        with self.lock:
+            self._loaded = False
+            if self._persistent:
+                self.domains = Domains(self.domains.folder)
+                self.disks = Disks(self.disks.folder)
+
+    @property
+    def _persistent(self) -> bool:
+        return self.domains.folder is not None
+
+    # --- domains ----------------------------------------------------------------------------------------------
+
+    def find(self, instance_id: str) -> Domain:
+        """The domain. Raises `NotFound`."""
+        domain = self.domains.get(instance_id)
+        if domain is None:
+            raise NotFound(f"the hypervisor has no domain {instance_id}")
+        return domain
+
+    def find_owned(self, instance_id: str) -> Domain:
+        """The domain, which must be ours. Raises `NotFound`, `FailedPrecondition` if it is foreign."""
+        domain = self.find(instance_id)
+        if not domain.owned:
+            raise FailedPrecondition(
+                f"domain {domain.name} ({instance_id}) was not made by this agent", code="foreign_domain"
+            )
+        return domain
+
+    def infos(self) -> list[DomainInfo]:
+        with self.lock:
+            return [domain.info() for domain in self.domains]
+
+    def define(self, instance_id: str, spec: InstanceSpec, generation: int) -> None:
+        with self.lock:
+            holder = self.domains.owner_of(spec.name)
+            if holder not in {None, instance_id}:
+                raise AlreadyExists(f"the name {spec.name!r} belongs to domain {holder}")
+            domain = self.domains.get(instance_id)
+            if domain is not None and not domain.owned:
+                raise AlreadyExists(f"id {instance_id} belongs to the foreign domain {domain.name}")
+            if domain is not None and domain.name != spec.name:
+                raise AlreadyExists(f"domain {instance_id} has the name {domain.name!r}; a name cannot be changed")
+            if domain is None:
+                domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
+            domain.set_spec(spec, generation)
+            self.domains.put(domain)
+            self.emit(PowerChanged(instance_id, "unknown", "defined"))  # it says nothing about power, as with libvirt
+
+    def undefine(self, instance_id: str) -> None:
+        with self.lock:
+            if self.domains.get(instance_id) is None:
+                return
+            domain = self.find_owned(instance_id)
+            if domain.active:
+                raise FailedPrecondition(f"domain {domain.name} is {domain.power}; stop it first", code="instance_running")
+            self.domains.remove(domain)
+            self.emit(PowerChanged(instance_id, "unknown", "undefined"))
+
+    def add_foreign(self, name: str, vcpus: int, memory_mib: int) -> str:
+        """Define and start a domain as somebody else would. Returns its id."""
+        with self.lock:
+            if self.domains.owner_of(name) is not None:
+                raise AlreadyExists(f"the name {name!r} is taken")
+            domain = Domain(str(uuid.uuid4()), name, vcpus, memory_mib, owned=False)
+            self._set_power(domain, "running", "booted")
+            return domain.id
+
+    # --- power ------------------------------------------------------------------------------------------------
+
+    def start(self, instance_id: str) -> None:
+        with self.lock:
+            domain = self.find_owned(instance_id)
+            if domain.active:
+                return
+            if self.disks.get(instance_id) is None:
+                raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
+            self.disks.touch_console(instance_id)
+            self._boot(domain)
+            steering = domain.steering
+            for act, delay in (
+                ("crash", steering.crash_after_s),
+                ("stop", steering.stop_after_s),
+                ("io-error", steering.io_error_after_s),
+            ):
+                if delay is not None:
+                    domain.pending[act] = time.time() + delay
+            self._set_power(domain, "running", "booted")
+            self._schedule_all(domain)
+
+    def ask_guest(self, instance_id: str, act: str) -> None:
+        """Ask the guest to `shutdown` or `reboot`; it acts later, or never."""
+        with self.lock:
+            domain = self.find_owned(instance_id)
+            steering, delay = domain.steering, self._settings.guest_shutdown_s
+            if steering.guest_shutdown_s is not None or steering.ignores_acpi:
+                delay = steering.guest_shutdown_s
+            # As with a real guest, a key that is pressed while nobody looks at it yet is lost.
+            if delay is None or not domain.active or not self._booted(domain) or act in domain.pending:
+                return
+            now = time.time() if domain.paused_at is None else domain.paused_at
+            domain.pending[act] = now + delay
+            self.domains.put(domain)
+            self._schedule_all(domain)
+
+    def stop(self, domain: Domain, power: PowerState, reason: str) -> None:
+        """Take the guest out of memory, whatever the cause. Already stopped: nothing."""
+        with self.lock:
+            if domain.active:
+                domain.boots += self._booted(domain)
+                domain.started_at = domain.paused_at = None
+                domain.pending.clear()
+                self._set_power(domain, power, reason)
+
+    def pause(self, domain: Domain, reason: str) -> None:
+        """Stop the guest's time."""
+        with self.lock:
+            if domain.power == "running":
+                domain.paused_at = time.time()
+                self._set_power(domain, "paused", reason)
+
+    def resume(self, domain: Domain) -> None:
+        """Let the guest's time run on, where it stopped."""
+        with self.lock:
+            if domain.power == "paused":
+                lost = time.time() - (domain.paused_at or 0.0)
+                domain.paused_at = None
+                domain.started_at = (domain.started_at or 0.0) + lost
+                domain.pending = {act: at + lost for act, at in domain.pending.items()}
+                self._set_power(domain, "running", "resumed")
+                self._schedule_all(domain)
+
+    def io_error(self, instance_id: str, device: str, reason: str) -> None:
+        """Let a disk request fail: the guest is paused, as QEMU does by default."""
+        with self.lock:
+            domain = self.find(instance_id)
+            path = self.disks.path(instance_id, "root.qcow2")
+            self.emit(
+                Reported(
+                    InstanceIoError(instance_id=instance_id, device=device, path=path, reason=reason, action="pause")
+                )
+            )
+            self.pause(domain, "io-error")
+
+    def emit(self, event: DriverEvent) -> None:
+        """Have an event delivered after those before it."""
+        self.timers.post(self._deliver, event)
+
+    def _set_power(self, domain: Domain, power: PowerState, reason: str) -> None:
+        domain.power, domain.reason = power, reason
+        self.domains.put(domain)
+        self.emit(PowerChanged(domain.id, power, reason))
+
+    def _boot(self, domain: Domain) -> None:
+        domain.started_at = time.time()
+        domain.paused_at = None
+        domain.pending.clear()
+
+    def _booted(self, domain: Domain) -> bool:
+        if domain.started_at is None:
+            return False
+        boot_s = self._settings.boot_s if domain.steering.boot_s is None else domain.steering.boot_s
+        return (domain.paused_at or time.time()) - domain.started_at >= boot_s
+
+    # --- guests -----------------------------------------------------------------------------------------------
+
+    def _schedule_all(self, domain: Domain) -> None:
+        if domain.power == "running":
+            now = time.time()
+            for act, at in domain.pending.items():
+                self.timers.after(at - now, partial(self._guest_acts, domain.id, act, at))
+
+    def _guest_acts(self, instance_id: str, act: str, at: float) -> None:
+        """Do what a guest set out to do at the time `at`, unless something came between."""
+        with self.lock:
+            domain = self.domains.get(instance_id)
+            if domain is None or domain.power != "running" or domain.pending.get(act) != at:
+                return
+            del domain.pending[act]
+            if act == "reboot":
+                domain.boots += self._booted(domain)
+                domain.started_at = time.time()
+                self.domains.put(domain)
+                self.emit(Reported(InstanceRebooted(instance_id=instance_id)))
+            elif act == "io-error":
+                self.io_error(instance_id, "vda", "enospc")
+            elif act == "crash":
+                self.stop(domain, "crashed", "crashed")
+            else:
+                self.stop(domain, "stopped", "shutdown")
+
+    def console(self, instance_id: str) -> bytes:
+        """All that the guest has written since its storage was made."""
+        with self.lock:
+            domain = self.find(instance_id)
+            begin = f"booting {domain.name}\n".encode()
+            text = (begin + UP_LINE) * domain.boots
+            if domain.started_at is not None:
+                text += begin + (UP_LINE if self._booted(domain) else b"")
+            return text
+
+    # --- storage ----------------------------------------------------------------------------------------------
+
+    def create_disk(self, instance_id: str, size_mib: int, *, image: tuple[str, int] | None, seed: bool) -> None:
+        """Make a root disk, on an image given as (sha256, virtual size in bytes)."""
+        with self.lock:
+            if image is not None and image[1] > size_mib * _MIB:
+                raise InvalidArgument(
+                    f"the root disk of {size_mib} MiB is smaller than its image of {-(-image[1] // _MIB)} MiB",
+                    code="disk_too_small", size_mib=size_mib, needed_mib=-(-image[1] // _MIB),
+                )  # fmt: skip
+            disk = Disk(size_mib, None if image is None else image[0])
+            old = self.disks.get(instance_id)
+            if old == disk:
+                return
+            free = self._settings.disk_mib - self.disks.used_mib + (old.size_mib if old else 0)
+            if size_mib > free:
+                raise ResourceExhausted(
+                    f"the root disk needs {size_mib} MiB and {free} MiB are free", requested_mib=size_mib, free_mib=free
+                )
+            self.disks.put(instance_id, disk, seed=seed)
+
+    def delete_disk(self, instance_id: str) -> None:
+        with self.lock:
+            self.disks.remove(instance_id)
+            domain = self.domains.get(instance_id)
+            if domain is not None and domain.owned and domain.boots:
+                domain.boots = 0
+                self.domains.put(domain)

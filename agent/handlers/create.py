@@ -1,0 +1,120 @@
+"""`instance.create`: claim, image, storage, definition, start. Whatever fails, all of it is taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.core.context import now
+from agent.core.operation import Json, Operation, require
+from agent.core.registry import Route
+from agent.drivers.base import PreparedImage
+from agent.errors import AlreadyExists
+from agent.handlers.observe import read_back
+from agent.handlers.view import instance_view
+from agent.messages.commands import InstanceCreate
+from agent.messages.events import InstanceRemoved
+from agent.messages.results import InstanceView
+from agent.messages.spec import ImageSource
+from agent.store.base import InstanceRecord
+
+
+async def create(op: Operation, data: InstanceCreate) -> InstanceView:
+    """Make an instance. Refused: id or name taken, host disabled, does not fit, bad image."""
+    spec, driver, instance_id = data.spec, op.ctx.driver, op.instance_id
+    if not op.begun and op.record.state != "undoing":
+        _claim(op, data)
+
+    async def keep_claim() -> Json:
+        return None  # made above, so that check and claim are one and a refusal precedes the first step
+
+    async def storage() -> Json:
+        await op.long(driver.create_storage, instance_id, spec, image)
+        return None
+
+    async def remove_storage() -> None:
+        await op.mutate(driver.delete_storage, instance_id)
+
+    async def define() -> Json:
+        await op.mutate(driver.define, instance_id, spec, generation=op.command.generation or 0)
+        return None
+
+    async def undefine() -> None:
+        await op.mutate(driver.undefine, instance_id)
+
+    async def start() -> Json:
+        await op.mutate(driver.start, instance_id)
+        return None
+
+    async def destroy() -> None:
+        await op.mutate(driver.destroy, instance_id)
+
+    await op.step("claim", keep_claim, undo=lambda: _unclaim(op, data))
+    image = await _prepared_image(op, spec.root_disk.image)
+    await op.step("storage", storage, undo=remove_storage)
+    await op.step("define", define, undo=undefine)
+    if data.start:
+        await op.step("start", start, undo=destroy)
+    record = await read_back(op, reason="created")
+    op.ctx.heartbeat_now()
+    return instance_view(record)
+
+
+def _claim(op: Operation, data: InstanceCreate) -> None:
+    """Check and claim without giving way to another create. The claim is committed with the first step."""
+    ctx, spec, instance_id = op.ctx, data.spec, op.instance_id
+    if ctx.instances.find(instance_id) is not None:
+        raise AlreadyExists(f"an instance {instance_id} is on this host already", code="instance_exists")
+    named = ctx.instances.named(spec.name) or next((d for d in ctx.state.foreign.values() if d.name == spec.name), None)
+    if named is not None:
+        raise AlreadyExists(f"the name {spec.name} is taken by {named.id}; choose another", code="name_taken")
+    require(
+        ctx.state.enabled,
+        f"this host takes no new instances: {ctx.state.disabled_reason or 'it was disabled'}",
+        code="host_disabled",
+    )
+    ctx.capacity.admit(spec, ctx.instances.all(), ctx.state.foreign.values())
+    at = now()
+    record = InstanceRecord(
+        id=instance_id,
+        spec=spec,
+        generation=op.command.generation or 0,
+        desired="running" if data.start else "stopped",
+        observed="stopped",
+        reason="creating",
+        created_by=op.id,
+        created_at=at,
+        updated_at=at,
+    )
+    op.stage(instance=ctx.instances.put(record))
+
+
+async def _unclaim(op: Operation, data: InstanceCreate) -> None:
+    record = op.ctx.instances.find(op.instance_id)
+    if record is not None and record.created_by == op.id:
+        op.ctx.instances.remove(op.instance_id)
+        op.stage(
+            removed=op.instance_id, event=InstanceRemoved(instance_id=op.instance_id, name=data.spec.name)
+        )
+        op.ctx.heartbeat_now()
+
+
+async def _prepared_image(op: Operation, source: ImageSource | None) -> PreparedImage | None:
+    if source is None:
+        return None
+
+    async def fetch() -> Json:
+        image = await op.ctx.images.prepare(source, lambda done, total: op.progress(done_bytes=done, total_bytes=total))
+        return {"path": str(image.path), "format": image.format, "virtual_size_bytes": image.virtual_size_bytes}
+
+    found = await op.step("image", fetch, cancellable=True)
+    if found is None:
+        return None
+    return PreparedImage(
+        path=Path(found["path"]),
+        format=found["format"],
+        virtual_size_bytes=found["virtual_size_bytes"],
+        sha256=source.sha256,
+    )
+
+
+ROUTES = (Route("instance.create", "build", create),)

@@ -1,0 +1,43 @@
+"""`instance.delete`: end, undefine, remove storage, forget. There is no way back, only a next try."""
+
+from __future__ import annotations
+
+from agent.core.operation import Json, Operation
+from agent.core.registry import Route
+from agent.messages.commands import InstanceDelete
+from agent.messages.events import InstanceRemoved
+from agent.messages.results import DeleteResult
+
+
+async def delete(op: Operation, _data: InstanceDelete) -> DeleteResult:
+    """Remove an instance and everything it owns here. After a failure the same command with a new id goes on."""
+    driver, instance_id = op.ctx.driver, op.instance_id
+    if not op.done_before("destroy"):
+        record = op.ctx.instances.get(instance_id)
+        op.stage(instance=op.ctx.instances.update(record.id, desired="deleted"))
+
+    async def destroy() -> Json:
+        await op.mutate(driver.destroy, instance_id)
+        return None
+
+    async def undefine() -> Json:
+        await op.mutate(driver.undefine, instance_id)
+        return None
+
+    async def storage() -> Json:
+        await op.mutate(driver.delete_storage, instance_id)
+        return None
+
+    op.point_of_no_return()
+    await op.step("destroy", destroy)
+    await op.step("undefine", undefine)
+    await op.step("storage", storage)
+    known = op.ctx.instances.find(instance_id)
+    if known is not None:
+        op.ctx.instances.remove(instance_id)
+        op.stage(removed=instance_id, event=InstanceRemoved(instance_id=instance_id, name=known.name))
+    op.ctx.heartbeat_now()
+    return DeleteResult(instance_id=instance_id)
+
+
+ROUTES = (Route("instance.delete", "power", delete),)

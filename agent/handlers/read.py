@@ -1,0 +1,58 @@
+"""Reads: show, list, console log. They take no turn in the instance's lane, so they answer while it is busy."""
+
+from __future__ import annotations
+
+from agent.core.operation import Operation
+from agent.core.registry import Route
+from agent.errors import NotFound
+from agent.handlers.observe import settle
+from agent.handlers.view import instance_view
+from agent.messages.commands import ConsoleLog, InstanceList, InstanceShow
+from agent.messages.results import ConsoleLogResult, ForeignDomain, InstanceListResult, InstanceView
+
+
+async def show(op: Operation, _data: InstanceShow) -> InstanceView:
+    """Show one instance; while the hypervisor is away, what was known last, with `observed: unknown`."""
+    record = op.ctx.instances.get(op.instance_id)
+    if not op.ctx.state.connected.is_set() or record.reason == "creating":
+        return instance_view(record)
+    try:
+        info = await op.query(op.ctx.driver.get, op.instance_id)
+        details = await op.query(op.ctx.driver.details, op.instance_id)
+    except NotFound:
+        return instance_view(record)
+    current = op.ctx.instances.find(op.instance_id)
+    return instance_view(settle(op, info) if current is not None else record, details)
+
+
+async def list_instances(op: Operation, data: InstanceList) -> InstanceListResult:
+    """List from memory, which events keep current: no call to the hypervisor."""
+    records = [r for r in op.ctx.instances.all() if data.after is None or r.id > data.after]
+    page = records[: data.limit]
+    foreign = None
+    if data.include_foreign:
+        foreign = [
+            ForeignDomain(id=d.id, name=d.name, observed=d.power, vcpus=d.vcpus, memory_mib=d.memory_mib)
+            for d in op.ctx.state.foreign.values()
+        ]
+    return InstanceListResult(
+        instances=[instance_view(record) for record in page],
+        foreign=foreign,
+        next_after=page[-1].id if len(records) > len(page) else None,
+    )
+
+
+async def console_log(op: Operation, data: ConsoleLog) -> ConsoleLogResult:
+    """Read the end of the serial console's log."""
+    op.ctx.instances.get(op.instance_id)
+    chunk = await op.query(op.ctx.driver.console_log, op.instance_id, data.max_bytes)
+    return ConsoleLogResult(
+        instance_id=op.instance_id, text=chunk.data.decode("utf-8", "replace"), truncated=chunk.truncated
+    )
+
+
+ROUTES = (
+    Route("instance.show", "query", show, lane="none"),
+    Route("instance.list", "query", list_instances, lane="none"),
+    Route("console.log", "query", console_log, lane="none"),
+)

@@ -1,0 +1,32 @@
+"""Records as the wire shows them."""
+
+from __future__ import annotations
+
+from agent.drivers.base import InstanceDetails
+from agent.messages.results import InstanceView
+from agent.store.base import InstanceRecord
+
+
+def instance_view(record: InstanceRecord, details: InstanceDetails | None = None) -> InstanceView:
+    """Show a record, with what the driver adds where it was asked."""
+    view = InstanceView(
+        id=record.id,
+        name=record.name,
+        desired=record.desired,
+        observed=record.observed,
+        reason=record.reason,
+        generation=record.generation,
+        spec=record.spec,
+        created_at=record.created_at,
+        updated_at=record.updated_at,
+    )
+    if details is None:
+        return view
+    return view.model_copy(
+        update={
+            "vnc_address": details.vnc_address,
+            "mac_addresses": list(details.mac_addresses),
+            "disk_paths": list(details.disk_paths),
+            "console_log": details.console_log,
+        }
+    )

@@ -1,0 +1,20 @@
+"""Open an image source, whatever its scheme. Knows nothing of hashes, formats or the cache."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from agent.images.local import open_file
+from agent.images.policy import ImagePolicy, check_source
+from agent.images.stream import Stream
+from agent.images.web import open_http
+
+
+def open_source(url: str, policy: ImagePolicy) -> AbstractAsyncContextManager[Stream]:
+    """Open `url` for reading once, from the start; nothing is retried here.
+
+    Raises `ImageRejected` (`image_source_forbidden`, `image_source_denied`, `image_missing`) where a retry
+    cannot help, `Unavailable` (`image_unavailable`, `image_stalled`, `image_truncated`) where it may.
+    """
+    check_source(policy, url)
+    return open_file(url, policy) if url.startswith("file:") else open_http(url, policy)

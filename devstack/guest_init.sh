@@ -1,0 +1,145 @@
+#!/bin/sh
+# Copyright 2025 The compute-agent authors
+# SPDX-License-Identifier: Apache-2.0
+#
+# PID 1 of the test guest (busybox). What it prints on the serial console is read by tests:
+#
+#   compute-agent guest is up
+#   guest: vcpus=<n> memory_kib=<n> disk_sectors=<n>     again whenever one of them changes
+#   guest: boots=<n>                                      kept on the disk, so snapshots take it back
+#   guest: mac=<address>                                  one line per interface
+#   seed: label=<cidata|config-2>  or  seed: none
+#   seed: instance-id=<id>
+#   seed: user-data-first-line=<text>
+#   seed: ssh-key=<first public key>                      empty when there is none
+#   seed: network-config=<present|absent>
+#   guest: tick <n>                                       1 to 5, one a second, then silence
+#   guest: powering off                                   after the ACPI power button
+
+export PATH=/bin
+
+load() {
+  while read -r module; do
+    insmod "/modules/${module}.ko" 2>/dev/null
+  done <"/modules/$1"
+}
+
+facts() {
+  for online in /sys/devices/system/cpu/cpu*/online; do
+    # A plugged vCPU waits for somebody to switch it on.
+    { read -r state <"${online}" && [ "${state}" = 0 ] && echo 1 >"${online}"; } 2>/dev/null
+  done
+  sectors=0
+  for disk in sda vda; do
+    [ -e "/sys/block/${disk}/size" ] && read -r sectors <"/sys/block/${disk}/size"
+  done
+  while read -r key value _; do
+    [ "${key}" = MemTotal: ] && memory="${value}" && break
+  done </proc/meminfo
+  cpus=0
+  for cpu in /sys/bus/cpu/devices/*; do
+    state=1
+    { read -r state <"${cpu}/online"; } 2>/dev/null
+    cpus=$((cpus + state))
+  done
+  now="guest: vcpus=${cpus} memory_kib=${memory} disk_sectors=${sectors}"
+  [ "${now}" = "${last}" ] || echo "${now}"
+  last="${now}"
+}
+
+count_boot() {
+  # A sector of the gap between the boot record and the first partition, free by convention.
+  [ -b /dev/vda ] || return
+  boots="$(dd if=/dev/vda bs=512 skip=1024 count=1 2>/dev/null | tr -cd '0-9')"
+  boots=$((${boots:-0} + 1))
+  printf '%-511s\n' "${boots}" | dd of=/dev/vda bs=512 seek=1024 count=1 conv=fsync,notrunc 2>/dev/null
+  echo "guest: boots=${boots}"
+}
+
+power_button() {
+  for device in /sys/class/input/event*; do
+    read -r name <"${device}/device/name"
+    if [ "${name}" = "Power Button" ]; then
+      (
+        # Blocks until the first key event.
+        dd if="/dev/input/${device##*/}" of=/dev/null bs=24 count=1 2>/dev/null
+        echo "guest: powering off"
+        sync
+        poweroff -f
+      ) &
+    fi
+  done
+}
+
+find_seed() {
+  for device in /dev/sr0 /dev/sr1 /dev/vdb /dev/vdc /dev/sda /dev/sdb; do
+    [ -b "${device}" ] || continue
+    # The volume label of an ISO 9660 image: 32 bytes at 32808.
+    label="$(dd if="${device}" bs=8 skip=4101 count=4 2>/dev/null | tr -d ' \0')"
+    case "${label}" in
+      cidata | CIDATA | config-2 | CONFIG-2)
+        mount -t iso9660 -o ro "${device}" /seed 2>/dev/null && return 0
+        ;;
+    esac
+  done
+  return 1
+}
+
+report_seed() {
+  echo "seed: label=${label}"
+  if [ -f /seed/meta-data ]; then
+    user=/seed/user-data
+    network=/seed/network-config
+    id="$(sed -n 's/^ *"\{0,1\}instance-id"\{0,1\}: *"\{0,1\}\([^",]*\)"\{0,1\},\{0,1\} *$/\1/p' /seed/meta-data | head -n 1)"
+  else
+    user=/seed/openstack/latest/user_data
+    network=/seed/openstack/latest/network_data.json
+    id="$(tr ',{' '\n\n' </seed/openstack/latest/meta_data.json | sed -n 's/.*"uuid": *"\([^"]*\)".*/\1/p' | head -n 1)"
+  fi
+  echo "seed: instance-id=${id}"
+  echo "seed: user-data-first-line=$(head -n 1 "${user}" 2>/dev/null)"
+  key="$(find /seed -type f -exec grep -h -o -E '(ssh-(rsa|ed25519|dss)|ecdsa-[a-z0-9-]+) [A-Za-z0-9+/=]+' {} + | head -n 1)"
+  echo "seed: ssh-key=${key}"
+  if [ -s "${network}" ]; then
+    echo "seed: network-config=present"
+  else
+    echo "seed: network-config=absent"
+  fi
+}
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+load first
+exec </dev/console >/dev/console 2>&1
+echo "compute-agent guest is up"
+facts
+power_button
+count_boot
+for nic in /sys/class/net/*; do
+  [ "${nic##*/}" = lo ] || echo "guest: mac=$(cat "${nic}/address")"
+done
+load second
+# The controllers probe their ports in the background; an empty drive needs no seed, so the wait is short.
+tries=0
+until find_seed; do
+  tries=$((tries + 1))
+  [ "${tries}" -ge 15 ] && break
+  sleep 0.2
+done
+if [ "${tries}" -lt 15 ]; then
+  report_seed
+else
+  echo "seed: none"
+fi
+tick=1
+while [ "${tick}" -le 5 ]; do
+  echo "guest: tick ${tick}"
+  tick=$((tick + 1))
+  sleep 1
+  facts
+done
+while :; do
+  sleep 2
+  facts
+done
