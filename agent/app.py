@@ -8,9 +8,9 @@ never touched.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -30,7 +30,7 @@ from agent.core.runner import Runner
 from agent.drivers.base import Driver, DriverContext
 from agent.drivers.executor import DriverExecutor
 from agent.drivers.registry import load_driver
-from agent.errors import ComputeError, Unavailable
+from agent.errors import ComputeError, DeadlineExceeded, Unavailable
 from agent.events import HypervisorEvents
 from agent.handlers import create, delete, host, operation, power, read
 from agent.health import HealthServer, Watchdog
@@ -44,6 +44,7 @@ from agent.store.base import Change, Store
 from agent.store.sqlite import SqliteStore
 
 log = structlog.get_logger("agent")
+T = TypeVar("T")
 
 PREFETCH = 500
 """Deliveries in hand: enough that acknowledgements, which wait for a commit, never starve the intake."""
@@ -78,9 +79,8 @@ class Agent:
         settings = self.settings
         self._health = HealthServer(settings.health.listen, self.not_ready)
         self.health_port = await self._health.start()
-        self._own("outbox", self._outbox.run())
+        log.info("health.listening", port=self.health_port)
         self._own("events", self._events.run())
-        self._own("heartbeat", self._heartbeat.run())
         self._own("dispatch", self._dispatcher.run())
         self._start_chores()
         self._own("start", self._come_up())
@@ -161,22 +161,16 @@ class Agent:
         """Bring up hypervisor and broker side by side; consume when the past is in its lanes."""
         broker = asyncio.create_task(self._connect_bus())
         try:
+            interrupted = await self._store.operations(unfinished=True)
+            self._runner.expect(interrupted)  # half-made instances are no drift
             await self._connect_driver()
-            self._recovered = await self._runner.resume(await self._store.operations(unfinished=True))
+            self._recovered = await self._runner.resume(interrupted)
             await broker
         finally:
             broker.cancel()
-        while True:
-            try:
-                await self.bus.declare(shared_topology())
-                await self.bus.declare(host_topology(self.ctx.host))
-                self._subscription = await self.bus.consume(
-                    host_queue(self.ctx.host), self._dispatcher.on_delivery, prefetch=PREFETCH
-                )
-                break
-            except Unavailable as exc:
-                log.warning("broker.declare_failed", error=exc.message)
-                await asyncio.sleep(RETRY_S)
+        self._subscription = await self._tried(
+            lambda: self.bus.consume(host_queue(self.ctx.host), self._dispatcher.on_delivery, prefetch=PREFETCH)
+        )
         self.ctx.state.ready = True
         self._ready.set()
         await self._tell(AgentLifecycle(state="ready", version=__version__, recovered_operations=self._recovered))
@@ -185,12 +179,21 @@ class Agent:
         notify("READY=1", f"STATUS=serving {self.ctx.host}")
 
     async def _connect_bus(self) -> None:
+        """Connect and declare; only then is there an exchange for heartbeats and waiting events."""
+        await self._tried(lambda: self.bus.connect(timeout_s=FIRST_CONNECT_S))
+        await self._tried(lambda: self.bus.declare(shared_topology()))
+        await self._tried(lambda: self.bus.declare(host_topology(self.ctx.host)))
+        self._own("outbox", self._outbox.run())
+        self._own("heartbeat", self._heartbeat.run())
+
+    async def _tried(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask the broker until it answers; what only a person can put right is raised."""
         while True:
             try:
-                await self.bus.connect(timeout_s=FIRST_CONNECT_S)
-                return
-            except Unavailable as exc:
+                return await ask()
+            except (Unavailable, DeadlineExceeded) as exc:
                 log.warning("broker.unreachable", error=exc.message)
+            await asyncio.sleep(RETRY_S)
 
     async def _connect_driver(self) -> None:
         """Open the hypervisor; without one the agent comes up all the same and says so."""

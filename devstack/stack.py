@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -47,24 +48,41 @@ def agent_config(*, host: str, amqp_url: str, libvirt_uri: str, state_dir: Path,
 
     return "\n".join(
         [
+            "[agent]",
             f"host = {quoted(host)}",
             f"state_dir = {quoted(state_dir)}",
+            "drain_timeout_s = 30",
             "",
             "[bus]",
             f"url = {quoted(amqp_url)}",
+            "reconnect_min_s = 0.5",
+            "reconnect_max_s = 2",
             "",
             "[driver]",
             'name = "libvirt"',
             "",
-            "[driver.libvirt]",
+            "[driver.settings]",
             f"uri = {quoted(libvirt_uri)}",
-            'virt_type = "qemu"',
             "",
             "[images]",
-            f"allowed_dirs = [{quoted(image_dir)}]",
+            f"file_roots = [{quoted(image_dir)}]",
+            "",
+            "[health]",
+            f"listen = {quoted(_health_address())}",
             "",
         ]
     )
+
+
+def _health_address() -> str:
+    """The agent's usual address for health checks, or any free port where another agent has it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", 9177))
+        except OSError:
+            return "127.0.0.1:0"
+    return "127.0.0.1:9177"
 
 
 class Agent:
@@ -147,11 +165,20 @@ class Stack:
         _timed("broker", self.broker.start)
         _timed("libvirtd", self.libvirtd.start)
         image = guest_image(self.directory / _IMAGE_CACHE)
-        self._write_config(host, image)
+        if self.agent.ref is None:  # a running agent has read its own already
+            self._write_config(host, image)
         if with_agent:
             _timed("agent", self.agent.start)
         self.print_status()
         _say(f"guest image   {image.path} (sha256 {image.sha256})")
+
+    def first_boot(self, host: str) -> int:
+        """Boot a guest through the broker, as a controller does. Returns the exit status."""
+        command = [
+            str(_ROOT / ".venv" / "bin" / "python"), "-m", "devstack.first_boot", "--amqp", self.broker.url,
+            "--host", host, "--images", str(self.directory / _IMAGE_CACHE),
+        ]  # fmt: skip
+        return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
     def down(self) -> None:
         """End everything and remove it, except the cache of the guest image. Idempotent."""
@@ -212,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, required=True, help="where everything is kept; a short path")
     parser.add_argument("--host", default="devstack", help="the agent's host name on the bus")
     parser.add_argument("--no-agent", action="store_true", help="only the servers and the guest image")
+    parser.add_argument("--first-boot", action="store_true", help="then boot a guest and follow it")
     parser.add_argument("--agent-command", type=Path, default=_ROOT / ".venv" / "bin" / "compute-agent")
     options = parser.parse_args(arguments)
     try:
@@ -220,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
         stack = Stack(options.dir, options.agent_command)
         if options.command == "up":
             stack.up(host=options.host, with_agent=not options.no_agent)
+            if options.first_boot and not options.no_agent:
+                return stack.first_boot(options.host)
         elif options.command == "down":
             stack.down()
         else:

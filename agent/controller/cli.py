@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from agent.controller.commands_operation import operation
 from agent.controller.session import Address, RootGroup, Session
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_WARNING = 30
 
 
 @click.group(cls=RootGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,10 +69,12 @@ def _log_to_stderr() -> None:
         return structlog.PrintLogger(sys.stderr)
 
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(_WARNING),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+    # The AMQP library logs each failed attempt to connect; the one error at the end says the same.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 
 def main() -> None:

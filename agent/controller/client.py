@@ -213,9 +213,9 @@ class ComputeClient:
                 await _wait(pending, left)
             pending.resent()
             self._known_hosts.discard(host)
-        if pending.answer is None:
-            assert pending.failure is not None  # noqa: S101 (what `ended` means)
+        if pending.failure is not None:
             raise pending.failure
+        assert pending.answer is not None  # noqa: S101 (what `ended` means)
         try:
             return verdict(pending.answer)
         except ValidationError as exc:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -57,7 +57,14 @@ instance.add_command(instance_console)
 
 
 @instance.command("create")
-@click.option("-f", "--file", "file", required=True, type=click.File("rb"), help="The spec, YAML or JSON; - reads it.")
+@click.option(
+    "-f",
+    "--file",
+    "file",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="The spec, YAML or JSON; - is standard input.",
+)
 @host_option
 @click.option(
     "--id", "instance_id", metavar="UUID", type=instance_uuid, help="The instance's id; a new one by default."
@@ -67,11 +74,12 @@ instance.add_command(instance_console)
 @json_option
 @pass_session
 def instance_create(
-    session: Session, /, *, file: IO[bytes], host: str, instance_id: str | None, start: bool, **options: Any
+    session: Session, /, *, file: str, host: str, instance_id: str | None, start: bool, **options: Any
 ) -> None:
     """Make an instance from a spec file. The file is checked before anything is sent."""
-    name = "standard input" if file.name in ("-", "<stdin>") else str(file.name)
-    spec = load_spec(name, file.read(MAX_COMMAND_BYTES + 1))
+    with click.open_file(file, "rb") as stream:
+        content = stream.read(MAX_COMMAND_BYTES + 1)
+    spec = load_spec("standard input" if file == "-" else file, content)
     how = sending(options)
     if instance_id is None:
         # A repeat of the same command has to name the same instance.

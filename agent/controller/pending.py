@@ -48,8 +48,9 @@ class Pending:
             self.changed.set()
 
     def end(self, failure: BaseException) -> None:
-        """End the call with an error of this side."""
-        self.failure = self.failure or failure
+        """End the call with an error of this side, unless it has ended."""
+        if not self.ended:
+            self.failure = failure
         self.changed.set()
 
     @property

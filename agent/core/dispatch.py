@@ -15,6 +15,7 @@ import structlog
 from agent import metrics
 from agent.bus.base import Bus, Delivery, Outgoing
 from agent.core.context import Context, now
+from agent.core.failpoints import failpoint
 from agent.core.outcome import final_event, problem_of, state_of
 from agent.core.registry import Registry
 from agent.core.runner import Runner
@@ -189,6 +190,8 @@ class Dispatcher:
     # --- after the commit -------------------------------------------------------------------------------------
 
     def _committed(self, arrival: _Arrival, committed: Committed) -> None:
+        if arrival.record is not None:
+            failpoint(f"{arrival.record.verb}:accept:after")
         arrival.delivery.ack()
         if arrival.record is None or arrival.command is None:
             return

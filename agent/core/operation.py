@@ -10,6 +10,7 @@ their recorded output without running.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -22,7 +23,15 @@ from agent.core.context import Context
 from agent.core.failpoints import failpoint
 from agent.drivers.base import CallContext
 from agent.drivers.executor import PoolName
-from agent.errors import Cancelled, ComputeError, DeadlineExceeded, FailedPrecondition, Internal, Unavailable
+from agent.errors import (
+    Cancelled,
+    ComputeError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    Unavailable,
+)
 from agent.messages.commands import Command
 from agent.messages.events import EventData, OperationProgress, PowerState
 from agent.store.base import Change, InstanceRecord, OperationRecord, StepRecord
@@ -35,7 +44,10 @@ Do = Callable[[], Awaitable[Json]]
 Undo = Callable[[], Awaitable[None]]
 
 UNDO_ATTEMPTS = 4
+UNDO_PAUSE_S = 0.2
 CALL_ATTEMPTS = 3
+AWAY = frozenset({"unavailable", "hypervisor_unreachable"})
+"""Codes by which a driver says that the hypervisor is away: worth waiting for its return."""
 PROGRESS_INTERVAL_S = 0.5
 
 
@@ -62,6 +74,8 @@ class Operation:
         self._reporting: asyncio.Task[None] | None = None
         self._phase = "waiting"
         self._past_return = False
+        self._lasting = False
+        self._hushed = False
         self._cancel_asked = asyncio.Event()
 
     # --- for handlers -----------------------------------------------------------------------------------------
@@ -87,11 +101,14 @@ class Operation:
         """Whether a step was started by a former run: what it checks has been checked then."""
         return any(step.name == name for step in self._past.values())
 
-    async def step(self, name: str, do: Do, *, undo: Undo | None = None, cancellable: bool = False) -> Json:
+    async def step(
+        self, name: str, do: Do, *, undo: Undo | None = None, cancellable: bool = False, harmless: bool = False
+    ) -> Json:
         """Run one step durably and return its output, a JSON object or None.
 
         `undo` takes back what `do` did, wholly or in part; it must succeed where there is nothing to take back.
-        `cancellable`: a cancel need not wait for the end of this step.
+        `cancellable`: a cancel need not wait for the end of this step. `harmless`: it needs no undo, because it leaves
+        nothing that is the instance's.
         """
         index, self._index = self._index, self._index + 1
         past = self._past.get(index)
@@ -100,12 +117,16 @@ class Operation:
         begun = past or StepRecord(self.id, index, name, "started")
         if undo is not None and begun.state != "undone":
             self._undos.append((begun, undo))
+        self._lasting |= undo is None and not harmless
+        if self.record.state == "undoing" and index + 1 not in self._past:
+            raise RollBack  # the past ends here, also where this step was done: what comes after is not to be run
         if past is not None and past.state in ("done", "undone"):
             return from_json(past.output) if past.output is not None else None
         if self.record.state == "undoing":
             raise RollBack
         self._check_cancelled()
-        if past is None:
+        if past is None or self._staged.operation is not None:
+            # Also where the step was begun before: that this attempt began must be known if it kills the agent.
             await self._commit(Change(steps=[begun]))
         self._phase = name
         self._report(OperationProgress(**self._names(), phase=name))
@@ -121,9 +142,9 @@ class Operation:
         self._undos.clear()
 
     @property
-    def past_return(self) -> bool:
-        """Whether the point of no return was passed."""
-        return self._past_return
+    def lasting(self) -> bool:
+        """Whether something was begun that undoing does not take back."""
+        return self._past_return or self._lasting
 
     @property
     def can_be_cancelled(self) -> bool:
@@ -170,7 +191,8 @@ class Operation:
         loop = asyncio.get_running_loop()
 
         def progress(percent: float) -> None:
-            loop.call_soon_threadsafe(self.progress, percent)
+            with contextlib.suppress(RuntimeError):  # the loop is closed, the thread was left behind
+                loop.call_soon_threadsafe(self.progress, percent)
 
         context = CallContext(progress=progress, cancelled=lambda: self.record.cancel_requested)
         return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
@@ -191,7 +213,7 @@ class Operation:
             try:
                 return await call()
             except Unavailable as exc:
-                if attempt == CALL_ATTEMPTS or exc.code != "unavailable":
+                if attempt == CALL_ATTEMPTS or exc.code not in AWAY:
                     raise
                 log.info("operation.call_retried", operation=self.id, attempt=attempt, code=exc.code)
                 await self.ctx.state.wait_connected(self.ctx.deadlines.reconnect_s)
@@ -244,20 +266,22 @@ class Operation:
             self._cancellable.cancel()
 
     async def roll_back(self) -> bool:
-        """Undo what was done, in reverse. True if all of it was; what could not be is left for a later try."""
+        """Undo what was done, in reverse. True if all of it was.
+
+        Ends at the first undo that does not succeed, and leaves it and all below it for a later try: no disk is removed
+        from under a domain that could not be ended, and the claim outlives what it claims.
+        """
         if not self._undos:
             return True
         if self.record.state != "undoing":
             self.record.state = "undoing"
             await self._commit(Change(operation=replace(self.record)))
-        whole = True
         for step, undo in reversed(self._undos):
             failpoint(f"{self.record.verb}:{step.name}:undo")
-            if await self._undo(step, undo):
-                self._staged.steps.append(replace(step, state="undone"))
-            else:
-                whole = False
-        return whole
+            if not await self._undo(step, undo):
+                return False
+            self._staged.steps.append(replace(step, state="undone"))
+        return True
 
     def take_staged(self) -> Change:
         """What is to go into the final commit."""
@@ -270,8 +294,9 @@ class Operation:
             change.steps.append(self._finished)
         return change
 
-    async def wait_reported(self) -> None:
-        """Wait for the last progress report, so that none comes after the final event."""
+    async def hush(self) -> None:
+        """Send no more progress, and wait for the last report: none may come after the final event."""
+        self._hushed = True
         if self._reporting is not None:
             await asyncio.gather(self._reporting, return_exceptions=True)
 
@@ -302,13 +327,16 @@ class Operation:
                     return False
                 await undo()
                 return True
+            except NotFound:
+                return True  # positive proof that there is nothing to take back
             except ComputeError as exc:
                 log.warning("operation.undo_failed", operation=self.id, step=step.name, attempt=attempt, code=exc.code)
                 if isinstance(exc, DeadlineExceeded):
                     return False
             except Exception:
                 log.exception("operation.undo_failed", operation=self.id, step=step.name, attempt=attempt)
-            await asyncio.sleep(min(0.2 * 2**attempt, 5.0) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            if attempt < UNDO_ATTEMPTS:
+                await asyncio.sleep(UNDO_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         return False
 
     async def _settled(self) -> bool:
@@ -334,9 +362,10 @@ class Operation:
 
     def _report(self, event: OperationProgress) -> None:
         """Send a progress report unless the last one is still on its way: a slow disk must not pile them up."""
-        if not self._loud or (self._reporting is not None and not self._reporting.done()):
+        if not self._loud or self._hushed or (self._reporting is not None and not self._reporting.done()):
             return
         self._reporting = asyncio.get_running_loop().create_task(self._publish(event))
+        self._reporting.add_done_callback(_log_unsent)
 
     async def _publish(self, event: EventData) -> None:
         await self.ctx.journal.commit(
@@ -352,6 +381,11 @@ class Operation:
                 ]
             )
         )
+
+
+def _log_unsent(report: asyncio.Task[None]) -> None:
+    if not report.cancelled() and (error := report.exception()) is not None:
+        log.info("operation.progress_not_sent", error=str(error))
 
 
 def require(condition: bool, sentence: str, code: str | None = None) -> None:

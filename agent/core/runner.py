@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from agent import metrics
 from agent.core.context import Context, now
+from agent.core.failpoints import failpoint
 from agent.core.lanes import Lanes
 from agent.core.operation import Operation, RollBack
 from agent.core.outcome import final_event, problem_of, state_of
@@ -52,6 +53,7 @@ class Runner:
         self._lanes = lanes
         self._open: dict[str, Open] = {}
         self._announcing: set[asyncio.Task[None]] = set()
+        self._expected: set[str] = set()
         lanes.blocked = self._wait_settled
 
     @property
@@ -65,7 +67,8 @@ class Runner:
 
     def busy_instances(self) -> set[str]:
         """Instances that an operation is about, now or soon."""
-        return {item.record.instance_id for item in self._open.values() if item.record.instance_id}
+        open_now = {item.record.instance_id for item in self._open.values() if item.record.instance_id}
+        return open_now | self._expected
 
     def submit(self, record: OperationRecord, command: Command[Any]) -> None:
         """Queue a journaled operation in its lane."""
@@ -74,6 +77,10 @@ class Runner:
         item.timer = asyncio.get_running_loop().call_later(SILENCE_S, self._announce, item)
         route = self._registry[record.verb]
         self._lanes.put(self._lane(record, route), route.work, lambda: self._run(item, route))
+
+    def expect(self, records: Sequence[OperationRecord]) -> None:
+        """Count the instances of interrupted operations as busy until `resume` takes these up."""
+        self._expected = {record.instance_id for record in records if record.instance_id}
 
     async def resume(self, records: Sequence[OperationRecord]) -> int:
         """Take up what a former process left, in order of arrival. Returns how many there were."""
@@ -87,6 +94,7 @@ class Runner:
                 self.retry_undo(record, command)
             else:
                 self.submit(record, command)
+        self._expected.clear()
         return len(records)
 
     def retry_undo(self, record: OperationRecord, command: Command[Any]) -> None:
@@ -218,7 +226,9 @@ class Runner:
         event = final_event(record, error, result, at=at, undone=whole)
         change = operation.take_staged()
         self._conclude(item.record, item.command, event, change, item.more_replies)
+        failpoint(f"{record.verb}:result:before")
         await self._ctx.journal.commit(change)
+        failpoint(f"{record.verb}:result:after")
         self._log_done(record, error, at)
         if record.undo_pending:
             self.retry_undo(record, item.command)

@@ -67,9 +67,7 @@ class DriverExecutor:
         if self._closed:
             raise Unavailable("the agent is shutting down", code="shutting_down")
         loop = asyncio.get_running_loop()
-        call = Call(
-            self._pools[pool], fn, args, deadline_s=deadline_s, key=key, loop=loop, returned=self._returned
-        )
+        call = Call(self._pools[pool], fn, args, deadline_s=deadline_s, key=key, loop=loop, returned=self._returned)
         call.pool.submit(call)
         call.timer = loop.call_later(deadline_s, self._expire, call)
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from agent.core.context import now
 from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.drivers.base import PreparedImage
-from agent.errors import AlreadyExists
+from agent.errors import AlreadyExists, NotFound
 from agent.handlers.observe import read_back
 from agent.handlers.view import instance_view
 from agent.messages.commands import InstanceCreate
@@ -46,7 +47,8 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
         return None
 
     async def destroy() -> None:
-        await op.mutate(driver.destroy, instance_id)
+        with suppress(NotFound):  # an undo that was cut off had removed the definition already
+            await op.mutate(driver.destroy, instance_id)
 
     await op.step("claim", keep_claim, undo=lambda: _unclaim(op, data))
     image = await _prepared_image(op, spec.root_disk.image)
@@ -106,7 +108,7 @@ async def _prepared_image(op: Operation, source: ImageSource | None) -> Prepared
         image = await op.ctx.images.prepare(source, lambda done, total: op.progress(done_bytes=done, total_bytes=total))
         return {"path": str(image.path), "format": image.format, "virtual_size_bytes": image.virtual_size_bytes}
 
-    found = await op.step("image", fetch, cancellable=True)
+    found = await op.step("image", fetch, cancellable=True, harmless=True)
     if found is None:
         return None
     return PreparedImage(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from agent.core.operation import Json, Operation
 from agent.core.registry import Route
+from agent.errors import NotFound
 from agent.messages.commands import InstanceDelete
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import DeleteResult
@@ -17,7 +20,8 @@ async def delete(op: Operation, _data: InstanceDelete) -> DeleteResult:
         op.stage(instance=op.ctx.instances.update(record.id, desired="deleted"))
 
     async def destroy() -> Json:
-        await op.mutate(driver.destroy, instance_id)
+        with suppress(NotFound):  # somebody else removed the domain; what is left of it is ours to remove
+            await op.mutate(driver.destroy, instance_id)
         return None
 
     async def undefine() -> Json:

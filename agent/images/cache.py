@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -75,12 +76,17 @@ class ImageCache:
 
     async def _check(self, source: ImageSource) -> None:
         check_source(self._policy, source.url)
-        if source.url.startswith("file:"):
-            try:
-                async with asyncio.timeout(self._policy.connect_timeout_s):
-                    await asyncio.to_thread(local_path, self._policy, source.url)
-            except TimeoutError as exc:
-                raise Unavailable("the image's folder does not answer", code="image_stalled") from exc
+        if not source.url.startswith("file:"):
+            return
+        # A thread of its own: one that hangs on a dead mount must not take the loop's shared ones with it.
+        executor = ThreadPoolExecutor(1, thread_name_prefix="image-check")
+        resolving = executor.submit(local_path, self._policy, source.url)
+        executor.shutdown(wait=False)
+        try:
+            async with asyncio.timeout(self._policy.connect_timeout_s):
+                await asyncio.wrap_future(resolving)
+        except TimeoutError as exc:
+            raise Unavailable("the image's folder does not answer", code="image_stalled") from exc
 
     def _start(self, source: ImageSource, key: tuple[str, str]) -> _Shared:
         shared = _Shared(source)

@@ -62,13 +62,13 @@ class Partial:
                 expected=self._source.sha256,
                 found=digest,
             )
-        entry = CacheEntry(
-            sha256=digest,
-            format=self._source.format,
-            size_bytes=self._size,
-            virtual_size_bytes=self._inspector.finish(self._fd, self._size),
-        )
         try:
+            entry = CacheEntry(
+                sha256=digest,
+                format=self._source.format,
+                size_bytes=self._size,
+                virtual_size_bytes=self._inspector.finish(self._fd, self._size),
+            )
             image = self._publish(entry)
         except OSError as exc:
             raise storage_error(exc) from exc

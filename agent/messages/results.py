@@ -119,3 +119,23 @@ class CancelResult(Outbound):
     """The operation will end as cancelled, at once or at its next safe point."""
 
     operation_id: str
+
+
+RESULTS: dict[str, type[Outbound]] = {
+    "instance.create": InstanceView,
+    "instance.delete": DeleteResult,
+    "instance.start": PowerResult,
+    "instance.stop": PowerResult,
+    "instance.reboot": PowerResult,
+    "instance.pause": PowerResult,
+    "instance.resume": PowerResult,
+    "instance.show": InstanceView,
+    "instance.list": InstanceListResult,
+    "console.log": ConsoleLogResult,
+    "host.ping": PingResult,
+    "host.show": HostShowResult,
+    "host.set-enabled": HostEnabledResult,
+    "operation.show": OperationView,
+    "operation.cancel": CancelResult,
+}
+"""Verb → what its `operation.succeeded` carries as `result`."""

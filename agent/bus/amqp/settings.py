@@ -22,7 +22,7 @@ class AmqpSettings(BaseModel):
     fleet a wide range from `reconnect_min_s` to `reconnect_max_s`, so that it does not return in step.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     url: SecretStr
     auth: Literal["PLAIN", "EXTERNAL"] | None = None

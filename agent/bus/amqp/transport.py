@@ -118,6 +118,8 @@ class Tap(asyncio.StreamReaderProtocol):
             end = at + length + wire.OVERHEAD
             if end > size:
                 break
+            if buffer[end - 1] != wire.END_BYTE:
+                raise ValueError("a frame does not end with its end mark")
             sink = self.sinks.get(channel)
             if sink is None:
                 if channel == 0 and kind == wire.METHOD:

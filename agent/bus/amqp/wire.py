@@ -20,7 +20,8 @@ from agent.bus.base import Outgoing
 from agent.errors import InvalidArgument
 
 METHOD, HEADER, BODY = 1, 2, 3
-END = b"\xce"
+END_BYTE = 0xCE
+END = bytes((END_BYTE,))
 OVERHEAD = 8
 """Bytes of a frame that are not payload."""
 
@@ -51,12 +52,12 @@ _SHORT_STRING_MAX = 255
 
 def ack(channel: int, tag: int, *, multiple: bool) -> bytes:
     """Encode Basic.Ack."""
-    return _SETTLE.pack(METHOD, channel, 13, 60, 80, tag, multiple, 0xCE)
+    return _SETTLE.pack(METHOD, channel, 13, 60, 80, tag, multiple, END_BYTE)
 
 
 def reject(channel: int, tag: int, *, requeue: bool) -> bytes:
     """Encode Basic.Reject."""
-    return _SETTLE.pack(METHOD, channel, 13, 60, 90, tag, requeue, 0xCE)
+    return _SETTLE.pack(METHOD, channel, 13, 60, 90, tag, requeue, END_BYTE)
 
 
 def publish(channel: int, message: Outgoing, frame_max: int) -> bytes:

@@ -11,9 +11,12 @@ import structlog
 from agent.bus.base import DeliveryCallback, Outgoing, StateCallback, Topology
 from agent.bus.memory.broker import MemoryBroker
 from agent.bus.memory.queue import Consumer
-from agent.errors import ComputeError, FailedPrecondition, Unavailable, Unroutable
+from agent.errors import ComputeError, FailedPrecondition, InvalidArgument, Unavailable, Unroutable
 
 log = structlog.get_logger("bus")
+
+_NAME_MAX = 255
+"""What AMQP can carry."""
 
 
 class MemorySubscription:
@@ -191,6 +194,12 @@ class MemoryBus:
 
     def _publish(self, message: Outgoing) -> None:
         self._must_be_connected()
+        for text in (message.routing_key, message.message_id, message.correlation_id, message.reply_to):
+            if text is not None and len(text) > _NAME_MAX:
+                raise InvalidArgument(
+                    f"A routing key, id or name for the broker has {len(text)} bytes; at most 255 are possible.",
+                    code="bus_name_too_long",
+                )
         routed = self._broker.publish(message)
         if self._broker.confirms_to_lose:
             self._broker.confirms_to_lose -= 1

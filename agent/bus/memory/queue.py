@@ -39,12 +39,13 @@ class Message:
 class MemoryDelivery:
     """A delivery of the in-process broker; see `agent.bus.base.Delivery`."""
 
-    __slots__ = ("_consumer", "_headers", "message", "redelivered", "tag")
+    __slots__ = ("_consumer", "_headers", "_returns", "message", "redelivered", "tag")
 
     def __init__(self, consumer: Consumer, tag: int, message: Message) -> None:
         self.message = message
         self.tag = tag
         self.redelivered = message.returns > 0
+        self._returns = message.returns
         self._consumer = consumer
         self._headers: Mapping[str, Any] | None = None
 
@@ -67,8 +68,8 @@ class MemoryDelivery:
             self._headers = {**out.headers, **self.message.extra}
             if out.cc:
                 self._headers["CC"] = list(out.cc)
-            if self.message.returns:
-                self._headers["x-delivery-count"] = self.message.returns
+            if self._returns:
+                self._headers["x-delivery-count"] = self._returns
         return self._headers
 
     @property
@@ -161,8 +162,9 @@ class MemoryQueue:
 
     def dead_letter(self, message: Message, reason: str) -> None:
         if self.spec.dead_letter_exchange is not None:
-            self._write_history(message, reason)
-            self._dead_letter(message, self.spec.dead_letter_exchange)
+            dead = message.copy()
+            self._write_history(dead, reason)
+            self._dead_letter(dead, self.spec.dead_letter_exchange)
 
     def _write_history(self, message: Message, reason: str) -> None:
         """Tell in the headers where and why the message died, as RabbitMQ does."""

@@ -7,6 +7,7 @@ takes a lock; the hypervisor does.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -15,8 +16,10 @@ from typing import Any
 
 from agent.drivers.base import DomainInfo
 from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
+from agent.errors import InvalidArgument
 from agent.messages.events import PowerState
 from agent.messages.spec import InstanceSpec
+from agent.messages.types import UUID_PATTERN
 
 
 @dataclass(slots=True)
@@ -152,7 +155,10 @@ class Disks:
             write_atomically(folder / "root.qcow2", json.dumps(asdict(disk)))
 
     def remove(self, instance_id: str) -> None:
-        """Remove everything of an instance. Idempotent."""
+        """Remove everything of an instance. Idempotent. Raises `InvalidArgument` if the id is no UUID."""
+        # The id becomes a path whose whole tree is removed.
+        if not re.fullmatch(UUID_PATTERN, instance_id):
+            raise InvalidArgument("the instance id must be a UUID in lower case", code="invalid_instance_id")
         disk = self._by_id.pop(instance_id, None)
         if disk is not None:
             self.used_mib -= disk.size_mib

@@ -60,7 +60,7 @@ class FakeDriver(Driver):
     # --- connection -------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        with self._call("connect", connecting=True):
+        with self._call("connect", connecting=True), self._hypervisor.lock:
             if self._open:
                 return
             self._hypervisor.open()

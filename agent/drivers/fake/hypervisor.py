@@ -104,7 +104,8 @@ class Hypervisor:
                 domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
             domain.set_spec(spec, generation)
             self.domains.put(domain)
-            self.emit(PowerChanged(instance_id, "unknown", "defined"))  # it says nothing about power, as with libvirt
+            # As with libvirt, a definition says nothing about power.
+            self.emit(PowerChanged(instance_id, "unknown", "defined"))
 
     def undefine(self, instance_id: str) -> None:
         with self.lock:
@@ -112,7 +113,9 @@ class Hypervisor:
                 return
             domain = self.find_owned(instance_id)
             if domain.active:
-                raise FailedPrecondition(f"domain {domain.name} is {domain.power}; stop it first", code="instance_running")
+                raise FailedPrecondition(
+                    f"domain {domain.name} is {domain.power}; stop it first", code="instance_running"
+                )
             self.domains.remove(domain)
             self.emit(PowerChanged(instance_id, "unknown", "undefined"))
 

@@ -204,7 +204,9 @@ class Link:
             version = session.connection.getLibVersion()
         except libvirt.libvirtError as exc:
             session.end()
-            raise errors.translate(exc) from exc
+            raise Unavailable(
+                f"the hypervisor failed while it was connected to: {exc}", code="hypervisor_unreachable"
+            ) from exc
         with self._state:
             usable = not session.lost and not stop.is_set()
             if usable:

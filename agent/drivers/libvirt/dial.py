@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from agent.drivers.libvirt import errors
 from agent.drivers.libvirt.binding import libvirt
-from agent.errors import ComputeError, Unavailable
+from agent.errors import Unavailable
 
 KEEPALIVE_INTERVAL_S: Final = 5
 KEEPALIVE_COUNT: Final = 3
@@ -37,7 +37,7 @@ class _Attempt:
         self._lock = threading.Lock()
         self._abandoned = False
         self._connection: Any = None
-        self.error: ComputeError | None = None
+        self.error: Unavailable | None = None
         self.done = threading.Event()
         threading.Thread(target=self._run, name="libvirt-open", daemon=True).start()
 
@@ -46,7 +46,9 @@ class _Attempt:
             connection = libvirt.open(self._uri)
             self._keep_alive(connection)
         except libvirt.libvirtError as exc:
-            self.error = errors.translate(exc)
+            error = errors.translate(exc)
+            # Whatever keeps us from connecting, the caller cannot ask the hypervisor; the code keeps the cause.
+            self.error = error if isinstance(error, Unavailable) else Unavailable(error.message, code=error.code)
             # Not `raise ... from`: the error crosses to another thread, which raises it.
             self.error.__cause__ = exc
         else:
@@ -90,7 +92,7 @@ class Dialer:
         self._attempt: _Attempt | None = None
 
     def dial(self) -> Any:
-        """Return a new connection with keepalive. Raises `Unavailable`, or what else libvirt's refusal means."""
+        """Return a new connection with keepalive. Raises `Unavailable`; a retry can help."""
         attempt = self._attempt or _Attempt(self._uri)
         self._attempt = attempt
         if not attempt.done.wait(self._timeout_s):

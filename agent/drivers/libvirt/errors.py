@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translates libvirt's errors into the agent's, in one table.
 
-Three fields decide: the code, the domain (the part of libvirt that raised it), and, where libvirt has only its
-"internal error" for a cause that a person can act on, a phrase of the message. Names stand for constants, so that
-the table can be read by a binding that is older than a name.
+The code decides, and, where libvirt has only a general code for a cause that a person can act on, a phrase of the
+message. Names stand for constants, so that the table can be read by a binding that is older than a name.
 """
 
 from __future__ import annotations
@@ -33,12 +32,11 @@ _LOST_CODES: Final = ("VIR_ERR_SYSTEM_ERROR", "VIR_ERR_INTERNAL_ERROR", "VIR_ERR
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row: an error with this libvirt code (and domain, and phrase, if given) becomes `becomes` with `code`."""
+    """One row: an error with this libvirt code (and phrase, if given) becomes `becomes` with `agent_code`."""
 
     code: str
     becomes: type[ComputeError]
     agent_code: str | None = None
-    domain: str | None = None
     phrase: str | None = None
 
 
@@ -52,9 +50,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("VIR_ERR_OPERATION_ABORTED", FailedPrecondition, "operation_aborted"),
     Rule("VIR_ERR_OPERATION_DENIED", FailedPrecondition, "hypervisor_access_denied"),
     Rule("VIR_ERR_ACCESS_DENIED", FailedPrecondition, "hypervisor_access_denied"),
-    Rule("VIR_ERR_AUTH_FAILED", FailedPrecondition, "hypervisor_access_denied"),
-    Rule("VIR_ERR_AUTH_CANCELLED", FailedPrecondition, "hypervisor_access_denied"),
-    Rule("VIR_ERR_AUTH_UNAVAILABLE", FailedPrecondition, "hypervisor_access_denied"),
+    Rule("VIR_ERR_AUTH_FAILED", Unavailable, "hypervisor_access_denied"),
+    Rule("VIR_ERR_AUTH_CANCELLED", Unavailable, "hypervisor_access_denied"),
+    Rule("VIR_ERR_AUTH_UNAVAILABLE", Unavailable, "hypervisor_access_denied"),
     Rule("VIR_ERR_RESOURCE_BUSY", FailedPrecondition, "resource_busy"),
     Rule("VIR_ERR_OPERATION_TIMEOUT", DeadlineExceeded, "hypervisor_timeout"),
     Rule("VIR_ERR_AGENT_UNRESPONSIVE", Unavailable, "guest_agent_unresponsive"),
@@ -72,7 +70,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("VIR_ERR_INVALID_CONN", Unavailable, "hypervisor_unreachable"),
     Rule("VIR_ERR_NO_MEMORY", ResourceExhausted, "host_memory"),
     Rule("VIR_ERR_SYSTEM_ERROR", ResourceExhausted, "no_space", phrase="No space left on device"),
-    Rule("VIR_ERR_SYSTEM_ERROR", FailedPrecondition, "host_network", domain="VIR_FROM_NETDEV"),
+    Rule("VIR_ERR_SYSTEM_ERROR", FailedPrecondition, "bridge_missing", phrase="Cannot get interface MTU on"),
+    Rule("VIR_ERR_SYSTEM_ERROR", FailedPrecondition, "file_missing", phrase="No such file or directory"),
+    Rule("VIR_ERR_SYSTEM_ERROR", FailedPrecondition, "file_access_denied", phrase="Permission denied"),
     Rule("VIR_ERR_SYSTEM_ERROR", Unavailable, "qemu_does_not_end", phrase="Failed to terminate process"),
     Rule("VIR_ERR_INTERNAL_ERROR", ResourceExhausted, "host_memory", phrase="Cannot allocate memory"),
     Rule("VIR_ERR_INTERNAL_ERROR", ResourceExhausted, "host_memory", phrase="cannot set up guest memory"),
@@ -104,9 +104,7 @@ def translate(exc: Any) -> ComputeError:
     if is_lost(exc):
         return Unavailable(f"the hypervisor cannot be reached: {message}", code="hypervisor_unreachable")
     for rule in RULES:
-        if code != constant(rule.code) or (rule.domain and domain != constant(rule.domain)):
-            continue
-        if rule.phrase is None or rule.phrase in message:
+        if code == constant(rule.code) and (rule.phrase is None or rule.phrase in message):
             return rule.becomes(f"libvirt: {message}", code=rule.agent_code)
     return Internal(
         f"libvirt: {message}", code="hypervisor_error", libvirt_code=code, libvirt_domain=domain

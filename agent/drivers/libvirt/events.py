@@ -8,6 +8,7 @@ hypervisor and never raise, because nobody would catch it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
@@ -31,6 +32,8 @@ from agent.messages.events import (
 )
 
 _log = structlog.get_logger(__name__)
+
+_REBOOT_S: Final = 1.0
 
 Translator = Callable[..., DriverEvent | None]
 """Takes the instance id and the event's own arguments."""
@@ -158,6 +161,23 @@ _SOURCES: Final[tuple[_Source, ...]] = (
 )
 
 
+class _RebootFilter:
+    """Lets one reboot per instance through within `_REBOOT_S`: one reset of a q35 guest arrives two to seven times."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def passes(self, event: DriverEvent) -> bool:
+        if not (isinstance(event, Reported) and isinstance(event.event, InstanceRebooted)):
+            return True
+        now = time.monotonic()
+        # Only a handful of guests reboot within a second, so the whole dictionary can be looked through.
+        self._until = {key: until for key, until in self._until.items() if until > now}
+        known = event.event.instance_id in self._until
+        self._until[event.event.instance_id] = now + _REBOOT_S
+        return not known
+
+
 class Subscription:
     """The callbacks registered on one connection. Events that come after `end` are dropped."""
 
@@ -166,6 +186,7 @@ class Subscription:
         self._connection = connection
         self._emit = emit
         self._live = True
+        self._reboots = _RebootFilter()
         self._ids: list[int] = []
         self.kinds: set[str] = set()
         for source in _SOURCES:
@@ -191,7 +212,7 @@ class Subscription:
             try:
                 # UUIDString reads a field of the local object; the last argument is our unused opaque.
                 event = translate(domain.UUIDString(), *arguments[:-1])
-                if event is not None and self._live:
+                if event is not None and self._live and self._reboots.passes(event):
                     self._emit(event)
             except Exception:
                 _log.exception("libvirt.event.failed", translator=translate.__name__)

@@ -14,6 +14,8 @@ from typing import Any, Final, Literal
 import structlog
 
 from agent.drivers.base import OPTIONAL_VERBS, Capabilities, HostCapacity
+from agent.drivers.libvirt import errors
+from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.capacity import HostDescription, cpu_flags, kvm_works, parse_capabilities, traits
 from agent.drivers.libvirt.connection import Link, format_version
 from agent.drivers.libvirt.settings import LibvirtSettings
@@ -65,16 +67,17 @@ class Hypervisor:
         )
 
     def capacity(self) -> HostCapacity:
-        """See `Driver.capacity`: one call to the hypervisor and one to the file system."""
+        """See `Driver.capacity`: two calls to the hypervisor and one to the file system."""
         with self._link.call() as connection:
             known = self._known(connection)
             info = connection.getInfo()
+            memory_mib = _memory_mib(connection, info)
         total, free = self._storage.space_mib()
         return HostCapacity(
             architecture=known.description.architecture,
             cpu_model=known.description.cpu_model,
             cpus=int(info[2]),
-            memory_mib=int(info[1]),
+            memory_mib=memory_mib,
             disk_total_mib=total,
             disk_free_mib=free,
             numa_cells=known.description.numa_cells,
@@ -129,3 +132,14 @@ class Hypervisor:
             )
         _log.warning("libvirt.kvm.missing", consequence="guests are emulated and slow")
         return "qemu"
+
+
+def _memory_mib(connection: Any, info: Any) -> int:
+    # The node information adds up NUMA cells as they were at boot; memory plugged in later counts only here.
+    try:
+        stats = connection.getMemoryStats(libvirt.VIR_NODE_MEMORY_STATS_ALL_CELLS)
+    except libvirt.libvirtError as exc:
+        if not errors.is_code(exc, "VIR_ERR_NO_SUPPORT"):
+            raise
+        return int(info[1])
+    return int(stats["total"]) // 1024

@@ -1,0 +1,66 @@
+"""Fixtures for all tests that run a whole agent. Being here also makes `support` importable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from blockbuster import BlockBuster
+from support.world import World
+
+from agent.app import Agent
+from agent.bus.memory import MemoryBroker
+from agent.controller.client import ComputeClient
+from agent.drivers.fake import FakeDriver
+
+
+@pytest.fixture
+def no_blocking() -> Iterator[BlockBuster]:
+    """A blocking call of the agent on the event loop is a failure."""
+    buster = BlockBuster(scanned_modules=["agent"])
+    for name in ("os.stat", "io.BufferedReader.read", "io.TextIOWrapper.read", "os.listdir", "os.scandir"):
+        # Finding and importing the driver, once, before anything runs that could be held up.
+        buster.functions[name].can_block_in("agent/drivers/registry.py", {"load_driver"})
+    buster.activate()
+    yield buster
+    buster.deactivate()
+
+
+@pytest.fixture
+async def world(tmp_path: Path, no_blocking: BlockBuster) -> AsyncIterator[World]:
+    """A world with a running agent on the memory journal."""
+    made = await World(tmp_path).open()
+    await made.start()
+    yield made
+    await made.stop()
+    await made.close()
+
+
+@pytest.fixture
+async def sqlite_world(tmp_path: Path, no_blocking: BlockBuster) -> AsyncIterator[World]:
+    """A world with a running agent on a SQLite journal."""
+    made = await World(tmp_path, store="sqlite").open()
+    await made.start()
+    yield made
+    await made.stop()
+    await made.close()
+
+
+@dataclass
+class RunningAgent:
+    """What `running_agent` gives."""
+
+    agent: Agent
+    broker: MemoryBroker
+    client: ComputeClient
+    driver: FakeDriver
+    world: World
+
+
+@pytest.fixture
+async def running_agent(sqlite_world: World) -> AsyncIterator[RunningAgent]:
+    """An agent on a SQLite journal and the fake driver, with a controller's client."""
+    async with sqlite_world.client() as client:
+        yield RunningAgent(sqlite_world.agent, sqlite_world.broker, client, sqlite_world.driver, sqlite_world)

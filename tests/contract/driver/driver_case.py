@@ -1,0 +1,224 @@
+"""What the driver contract needs of a driver under test, and what its tests share.
+
+A driver from elsewhere runs the suite by giving a fixture `driver_case` that returns its own `DriverCase`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any, ClassVar
+
+from agent.drivers.base import (
+    OPTIONAL_VERBS,
+    CallContext,
+    ConnectionChanged,
+    Driver,
+    DriverEvent,
+    PowerChanged,
+    PreparedImage,
+)
+from agent.errors import Unsupported
+from agent.messages.events import PowerState
+from agent.messages.spec import InstanceSpec
+
+WAIT_S = 20.0
+"""Limit of every wait; a passing test never reaches it."""
+
+PREFIX = "contract-"
+"""Names of all domains that the suite makes begin so; a case removes what is left of them."""
+
+
+class Difference(Enum):
+    """Ways in which a driver may differ from the others. A test asserts the different behaviour, by name."""
+
+    GUEST_IGNORES_SHUTDOWN = "no operating system runs in the guest, so a shutdown or reboot has no effect"
+    STATE_DIES_WITH_THE_DRIVER = "domains live in the agent's process, so the next driver does not find them"
+    STATE_DIES_WITH_THE_HYPERVISOR = "a restart of the hypervisor loses the domains"
+    CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
+    DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
+
+
+class DriverCase(ABC):
+    """One driver in one setting."""
+
+    differences: ClassVar[frozenset[Difference]] = frozenset()
+
+    def has(self, difference: Difference) -> bool:
+        return difference in self.differences
+
+    @abstractmethod
+    def make(self, state_dir: Path, emit: Callable[[DriverEvent], None], **settings: Any) -> Driver:
+        """Construct the driver; not connected."""
+
+    @abstractmethod
+    def add_foreign(self, driver: Driver, name: str) -> str:
+        """Define and start a domain that is not the agent's; return its id."""
+
+    def interrupt(self, driver: Driver) -> None:
+        """Take the hypervisor away from the driver."""
+        raise NotImplementedError
+
+    def restore(self, driver: Driver) -> None:  # noqa: B027
+        """Bring it back. Idempotent."""
+
+    def clean(self) -> None:  # noqa: B027
+        """Remove all domains that a test left."""
+
+
+class EventRecorder:
+    """A sink that remembers, and lets a test wait for what it expects."""
+
+    def __init__(self) -> None:
+        self._events: list[DriverEvent] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event: DriverEvent) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    @property
+    def all(self) -> list[DriverEvent]:
+        with self._changed:
+            return list(self._events)
+
+    def mark(self) -> int:
+        """The position behind the newest event."""
+        with self._changed:
+            return len(self._events)
+
+    def wait(self, match: Callable[[DriverEvent], bool], what: object, since: int = 0) -> int:
+        """Wait for an event from position `since` on that matches; return the position behind it."""
+        limit = time.monotonic() + WAIT_S
+        with self._changed:
+            position = since
+            while True:
+                while position < len(self._events):
+                    position += 1
+                    if match(self._events[position - 1]):
+                        return position
+                if not self._changed.wait(limit - time.monotonic()):
+                    raise AssertionError(f"no {what} among {self._events[since:]}")
+
+    def wait_power(self, instance_id: str, power: PowerState | None, reason: str, since: int = 0) -> int:
+        """Wait for a change of power; `power` None takes any, for reasons that say nothing about it."""
+
+        def match(event: DriverEvent) -> bool:
+            return (
+                isinstance(event, PowerChanged)
+                and (event.instance_id, event.reason) == (instance_id, reason)
+                and power in {None, event.power}
+            )
+
+        return self.wait(match, f"{power}/{reason} of {instance_id}", since)
+
+    def wait_connection(self, connected: bool, since: int = 0) -> int:
+        def match(event: DriverEvent) -> bool:
+            return isinstance(event, ConnectionChanged) and event.connected is connected
+
+        return self.wait(match, f"ConnectionChanged({connected})", since)
+
+    @property
+    def connections(self) -> list[bool]:
+        return [event.connected for event in self.all if isinstance(event, ConnectionChanged)]
+
+
+def make_spec(**changes: Any) -> InstanceSpec:
+    """The smallest guest that every hypervisor takes: nothing boots from its empty disk."""
+    data: dict[str, Any] = {
+        "name": f"{PREFIX}{uuid.uuid4().hex[:12]}",
+        "vcpus": 1,
+        "memory_mib": 32,
+        "root_disk": {"size_mib": 16},
+        "nics": [{"type": "user"}],
+        "rng": False,
+        "guest_agent": False,
+    }
+    return InstanceSpec.model_validate(data | changes)
+
+
+def make_image(path: Path, size_mib: int) -> PreparedImage:
+    """A raw image of zeros."""
+    with path.open("xb") as file:
+        file.truncate(size_mib * 1024 * 1024)
+    return PreparedImage(path=path, format="raw", virtual_size_bytes=size_mib * 1024 * 1024, sha256="0" * 64)
+
+
+@dataclass
+class Instance:
+    """One instance of a test, with the driver's calls bound to its id."""
+
+    driver: Driver
+    spec: InstanceSpec = field(default_factory=make_spec)
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def create(self, *, generation: int = 1, start: bool = False) -> Instance:
+        self.driver.create_storage(self.id, self.spec, None, CallContext())
+        self.driver.define(self.id, self.spec, generation=generation)
+        if start:
+            self.driver.start(self.id)
+        return self
+
+    def remove(self) -> None:
+        self.driver.destroy(self.id)
+        self.driver.undefine(self.id)
+        self.driver.delete_storage(self.id)
+
+    @property
+    def power(self) -> PowerState:
+        return self.driver.get(self.id).power
+
+
+@contextmanager
+def count_calls() -> Iterator[dict[str, int]]:
+    """Count the functions called in this thread, and those among them that start a process."""
+    counts = {"calls": 0, "processes": 0}
+
+    def profile(_frame: FrameType, event: str, argument: Any) -> None:
+        if event in {"call", "c_call"}:
+            counts["calls"] += 1
+        if event == "c_call" and argument.__name__ in {"fork_exec", "posix_spawn", "fork", "system"}:
+            counts["processes"] += 1
+
+    sys.setprofile(profile)
+    try:
+        yield counts
+    finally:
+        sys.setprofile(None)
+
+
+Verb = Callable[[Driver, str], object]
+
+OPTIONAL: dict[str, Verb] = {
+    "instance.pause": lambda driver, uid: driver.pause(uid),
+    "instance.resume": lambda driver, uid: driver.resume(uid),
+    "instance.reboot": lambda driver, uid: driver.reboot(uid),
+    "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+}
+assert set(OPTIONAL) == OPTIONAL_VERBS
+
+NEEDS_DOMAIN: dict[str, Verb] = {
+    "get": lambda driver, uid: driver.get(uid),
+    "details": lambda driver, uid: driver.details(uid),
+    "start": lambda driver, uid: driver.start(uid),
+    "shutdown": lambda driver, uid: driver.shutdown(uid),
+    "destroy": lambda driver, uid: driver.destroy(uid),
+}
+
+
+def files_of(folder: Path, instance_id: str) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if instance_id in str(path.relative_to(folder)))
+
+
+def must(announced: bool, error: type[Exception]) -> type[Exception]:
+    return error if announced else Unsupported

@@ -1,0 +1,18 @@
+"""The driver contract: what the agent relies on, as tests that every driver passes.
+
+A test class derives from `DriverContract` and gets the fixtures `driver_case`, `driver`, `events` and `instance`.
+Differences between drivers are named in `driver_case.Difference`; a test asserts what the difference means instead
+of being skipped.
+"""
+
+from __future__ import annotations
+
+from contract_connection import ConnectionContract
+from contract_definition import DefinitionContract
+from contract_life import LifeContract
+from contract_reading import ReadingContract
+from contract_storage import StorageContract
+
+
+class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract):
+    """All of it."""

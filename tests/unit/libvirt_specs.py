@@ -1,0 +1,71 @@
+# Copyright 2025 The compute-agent authors
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies for instance specs, shared by the tests of the libvirt driver's pure parts."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
+
+INSTANCE_ID = "11111111-2222-4333-8444-555555555555"
+
+# Everything JSON and pydantic admit: control characters, quotes, XML's metacharacters, astral planes.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.sampled_from(
+    ["]]>", "<&>\"'", "</metadata>", "\x00\x01\x0b\ufffe", "<!--", "&amp;", "\r\n\t", "𝄞"]
+)
+NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+MODELS = st.sampled_from(["virtio", "e1000", "e1000e", "rtl8139"])
+NICS = st.one_of(
+    st.builds(UserNic, type=st.just("user"), model=MODELS),
+    st.builds(NetworkNic, type=st.just("network"), network=NAMES, model=MODELS),
+    st.builds(
+        BridgeNic,
+        type=st.just("bridge"),
+        bridge=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,14}\Z"),
+        model=MODELS,
+        mac=st.sampled_from([None, "52:54:00:aa:bb:cc"]),
+    ),
+)
+SEEDS = st.builds(
+    Seed,
+    datasource=st.sampled_from(["nocloud", "config-drive"]),
+    hostname=st.sampled_from([None, "host-1.example"]),
+    user_data=st.none() | TEXT,
+    meta_data=st.dictionaries(TEXT, TEXT, max_size=4),
+    network_config=st.none() | TEXT,
+    ssh_keys=st.lists(st.just("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA me@x"), max_size=2),
+)
+IMAGES = st.builds(
+    ImageSource,
+    url=st.sampled_from(["https://images.example/a?b=1&c='<x>'", "file:///srv/a.qcow2"]),
+    sha256=st.just("0" * 64),
+    format=st.sampled_from(["qcow2", "raw"]),
+)
+
+
+def _distinct_macs(nics: list) -> bool:
+    macs = [nic.mac for nic in nics if nic.mac]
+    return len(macs) == len(set(macs))
+
+
+SPECS = st.builds(
+    InstanceSpec,
+    name=NAMES,
+    vcpus=st.integers(1, 1024),
+    memory_mib=st.integers(16, 16 * 1024 * 1024),
+    root_disk=st.builds(
+        RootDisk,
+        size_mib=st.integers(1, 64 * 1024 * 1024),
+        image=st.none() | IMAGES,
+        bus=st.sampled_from(["virtio", "sata", "scsi"]),
+    ),
+    nics=st.lists(NICS, max_size=4).filter(_distinct_macs),
+    seed=st.none() | SEEDS,
+    firmware_acpi=st.booleans(),
+    rng=st.booleans(),
+    balloon=st.booleans(),
+    guest_agent=st.booleans(),
+    vnc=st.booleans(),
+    labels=st.dictionaries(NAMES, st.text(max_size=20), max_size=3),
+)
