@@ -115,6 +115,7 @@ class Agent:
             state=HostState(),
         )
         journal.on_problem = self._journal_problem
+        journal.resolve_instances(self.ctx.instances.find)
         lanes = settings.lanes
         self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
         self._registry = Registry(
@@ -253,6 +254,7 @@ class Agent:
         if self._subscription is not None:
             await self._quietly("cancel consumer", self._subscription.cancel(), 5.0)
         drained = await self._lanes.drain(limit_s)
+        self._runner.stop()
         await self._quietly("last event", self._tell(AgentLifecycle(state="stopping", version=__version__)), 2.0)
         self._outbox.close()
         await self._quietly("outbox", self._wait_task("outbox"), 5.0)

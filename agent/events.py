@@ -124,6 +124,8 @@ class HypervisorEvents:
                 return  # unknown now; everything is read again when the hypervisor is back
         change = Change()
         for hint in hints:
+            if hint.power == "unknown":
+                continue  # defined or undefined: says nothing about power, only that it is worth reading again
             self._observe(change, instance_id, hint.power, hint.reason)
         if info is not None:
             self._observe(change, instance_id, info.power, info.reason)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import structlog
 
 from agent.errors import Unavailable
 from agent.messages.events import EventData, render_event
 from agent.messages.routing import event_key
-from agent.store.base import Change, Committed, PendingEvent, SequencedEvent, Store
+from agent.store.base import Change, Committed, InstanceRecord, PendingEvent, SequencedEvent, Store
 
 log = structlog.get_logger("journal")
+T = TypeVar("T")
 EventsCallback = Callable[[Sequence[SequencedEvent]], None]
 
 
@@ -29,10 +31,15 @@ class Journal:
         self.on_problem: Callable[[str | None], None] = lambda _problem: None
         self._on_events: EventsCallback = lambda _events: None
         self._closing = asyncio.Event()
+        self._current: Callable[[str], InstanceRecord | None] | None = None
 
     def on_events(self, callback: EventsCallback) -> None:
         """Call with each commit's events, in the order of their sequence."""
         self._on_events = callback
+
+    def resolve_instances(self, current: Callable[[str], InstanceRecord | None]) -> None:
+        """Commit instances as they are then, not as they were when the change was made: it may wait for the disk."""
+        self._current = current
 
     def close(self) -> None:
         """Let waiting commits give up: what they carry was not acknowledged, or is taken up at the next start."""
@@ -45,6 +52,7 @@ class Journal:
         """
         delay_s = 0.1
         while True:
+            self._refresh(changes)
             try:
                 done = await self.store.commit(changes)
                 break
@@ -61,6 +69,28 @@ class Journal:
             self.last_sequence = max(self.last_sequence, events[-1].sequence)
             self._on_events(events)
         return done
+
+    async def read(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Read from the store; while it cannot be read, wait and try again. Raises as `commit`."""
+        delay_s = 0.1
+        while True:
+            try:
+                return await ask()
+            except Unavailable as exc:
+                log.warning("journal.read_failed", error=exc.message)
+                if self._closing.is_set():
+                    raise
+            # No limit on the whole, as for commits.
+            await _wait_for(self._closing, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            delay_s = min(delay_s * 2, 5.0)
+
+    def _refresh(self, changes: Sequence[Change]) -> None:
+        if self._current is None:
+            return
+        for change in changes:
+            if change.instances:
+                ids = dict.fromkeys(record.id for record in change.instances)
+                change.instances = [record for record in map(self._current, ids) if record is not None]
 
     def event(
         self, data: EventData, *, subject: str | None = None, traceparent: str | None = None, reply_to: str | None = None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ class Open:
     operation: Operation | None = None
     announced: bool = False
     timer: asyncio.TimerHandle | None = None
+    resumed: bool = False
+    telling: set[asyncio.Task[None]] = field(default_factory=set)
     more_replies: list[str] = field(default_factory=list)
     """Where duplicates that came meanwhile want the answer too."""
 
@@ -52,8 +55,10 @@ class Runner:
         self._registry = registry
         self._lanes = lanes
         self._open: dict[str, Open] = {}
-        self._announcing: set[asyncio.Task[None]] = set()
         self._expected: set[str] = set()
+        self._undo_pending: dict[str, str | None] = {}
+        self._undo_queued: set[str] = set()
+        self._watchers: dict[int, set[str]] = {}
         lanes.blocked = self._wait_settled
 
     @property
@@ -66,16 +71,33 @@ class Runner:
         return self._open.get(operation_id)
 
     def busy_instances(self) -> set[str]:
-        """Instances that an operation is about, now or soon."""
-        open_now = {item.record.instance_id for item in self._open.values() if item.record.instance_id}
-        return open_now | self._expected
+        """Instances that an operation acts on, now or soon, or left something of. Those that are only read are not."""
+        open_now = {
+            item.record.instance_id
+            for item in self._open.values()
+            if item.record.instance_id and self._registry[item.record.verb].lane == "instance"
+        }
+        return open_now | self._expected | {instance for instance in self._undo_pending.values() if instance}
 
-    def submit(self, record: OperationRecord, command: Command[Any]) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[set[str]]:
+        """Give a set that holds the busy instances and gains those that become busy meanwhile."""
+        touched = self.busy_instances()
+        self._watchers[id(touched)] = touched
+        try:
+            yield touched
+        finally:
+            del self._watchers[id(touched)]
+
+    def submit(self, record: OperationRecord, command: Command[Any], *, resumed: bool = False) -> None:
         """Queue a journaled operation in its lane."""
-        item = Open(record, command, announced=command.reportprogress)
+        item = Open(record, command, announced=command.reportprogress, resumed=resumed)
         self._open[record.id] = item
         item.timer = asyncio.get_running_loop().call_later(SILENCE_S, self._announce, item)
         route = self._registry[record.verb]
+        if route.lane == "instance" and record.instance_id:
+            for touched in self._watchers.values():
+                touched.add(record.instance_id)
         self._lanes.put(self._lane(record, route), route.work, lambda: self._run(item, route))
 
     def expect(self, records: Sequence[OperationRecord]) -> None:
@@ -93,12 +115,16 @@ class Runner:
             if record.final:
                 self.retry_undo(record, command)
             else:
-                self.submit(record, command)
+                self.submit(record, command, resumed=True)
         self._expected.clear()
         return len(records)
 
     def retry_undo(self, record: OperationRecord, command: Command[Any]) -> None:
-        """Try again to take back what an ended operation left."""
+        """Try again to take back what an ended operation left, unless that waits for its turn already."""
+        if record.id in self._undo_queued:
+            return
+        self._undo_queued.add(record.id)
+        self._undo_pending[record.id] = record.instance_id
         route = self._registry[record.verb]
         self._lanes.put(self._lane(record, route), route.work, lambda: self._finish_undo(record, command, route))
 
@@ -123,20 +149,36 @@ class Runner:
         if item.operation is not None:
             item.operation.cancel()
 
+    def stop(self) -> None:
+        """Announce nothing more: what waits is taken up at the next start."""
+        for item in self._open.values():
+            self._hush(item)
+
     async def _end_waiting(self, item: Open) -> None:
         record, at = item.record, now()
         record.state, record.finished_at, record.error_code = "cancelled", at, Cancelled.default_code
         error = Cancelled("the operation was cancelled before it began")
         change = Change()
+        await self._told(item)
         self._conclude(record, item.command, final_event(record, error, {}, at=at), change, item.more_replies)
-        self._close(item)
         await self._ctx.journal.commit(change)
+        self._close(item)
         self._log_done(record, error, at)
 
     def _close(self, item: Open) -> None:
         self._open.pop(item.record.id, None)
+        self._hush(item)
+
+    def _hush(self, item: Open) -> None:
+        item.announced = True
         if item.timer is not None:
             item.timer.cancel()
+
+    async def _told(self, item: Open) -> None:
+        """Announce nothing more, and wait for what is on its way: none of it may come after the final event."""
+        self._hush(item)
+        if item.telling:
+            await asyncio.gather(*item.telling, return_exceptions=True)
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -156,7 +198,7 @@ class Runner:
         if record.final:
             return  # cancelled while it waited
         try:
-            past = await self._ctx.journal.store.steps(record.id) if record.attempt else []
+            past = await self._ctx.journal.read(lambda: self._ctx.journal.store.steps(record.id)) if record.attempt else []
             operation = Operation(self._ctx, record, item.command, past)
             item.operation = operation
             with structlog.contextvars.bound_contextvars(operation=record.id, instance=record.instance_id):
@@ -175,12 +217,19 @@ class Runner:
                 record.state = "running"
                 record.started_at = now()
             operation.mark_started()
+            if item.resumed:
+                # Also one that never came to its first commit must be found out if it is what kills the agent.
+                await self._ctx.journal.commit(Change(operation=replace(record)))
             if item.announced:
                 operation.speak_up()
                 self._spawn(item, self._started(record))
+            if record.state == "undoing" and not operation.begun:
+                raise RollBack  # nothing was begun, so nothing of the handler is to be run
             if route.handler is None:
                 raise Internal(f"{record.verb} has no handler")
             returned: BaseModel | None = await route.handler(operation, item.command.data)
+            if record.state == "undoing":
+                return _error_of(record), {}
             return None, returned.model_dump(mode="json", exclude_none=True) if returned is not None else {}
         except RollBack:
             return _error_of(record), {}
@@ -203,8 +252,9 @@ class Runner:
             log.error("operation.too_many_attempts", attempts=record.attempt)
             record.error_code = "too_many_attempts"
             record.state = "undoing"
-        verb = record.verb
-        if verb in OPTIONAL_VERBS and verb not in self._ctx.state.capabilities.verbs:
+        verb, known = record.verb, self._ctx.state.capabilities
+        # Before the hypervisor was first asked nothing is known: the driver itself will refuse what it cannot do.
+        if verb in OPTIONAL_VERBS and verb not in known.verbs and known.hypervisor_type != "unknown":
             raise Unsupported(f"driver {self._ctx.driver.name} cannot do {verb} on this host", code="verb_unsupported", verb=verb)
 
     async def _finish(
@@ -215,14 +265,13 @@ class Runner:
         if error is not None:
             record.error_code = problem_of(error).code
             undone = await operation.roll_back()
-        await operation.wait_reported()
-        if self._announcing:
-            await asyncio.gather(*self._announcing, return_exceptions=True)
+        await operation.hush()
+        await self._told(item)
         at = now()
         record.state = "succeeded" if error is None else state_of(error, begun=operation.begun)
         record.finished_at = at
         record.undo_pending = not undone
-        whole = undone and not (error is not None and operation.past_return)
+        whole = undone and not (error is not None and operation.lasting)
         event = final_event(record, error, result, at=at, undone=whole)
         change = operation.take_staged()
         self._conclude(item.record, item.command, event, change, item.more_replies)
@@ -269,7 +318,8 @@ class Runner:
         log.info("message.done", **fields)
 
     async def _finish_undo(self, record: OperationRecord, command: Command[Any], route: Route) -> None:
-        past = await self._ctx.journal.store.steps(record.id)
+        self._undo_queued.discard(record.id)
+        past = await self._ctx.journal.read(lambda: self._ctx.journal.store.steps(record.id))
         replayed = replace(record, state="undoing")
         operation = Operation(self._ctx, replayed, command, past)
         try:
@@ -285,11 +335,15 @@ class Runner:
         record.undo_pending = not undone
         change.operation = replace(record)
         await self._ctx.journal.commit(change)
+        if undone:
+            self._undo_pending.pop(record.id, None)
         log.info("operation.undo_finished" if undone else "operation.undo_still_pending", operation=record.id)
 
     async def _give_up(self, record: OperationRecord, exc: Refused) -> None:
         """End an operation whose command this version can no longer read."""
         log.error("operation.unreadable", operation=record.id, error=exc.message)
+        if record.final:
+            return  # it has had its final event; what it left stays noted in the journal
         record.state, record.finished_at, record.error_code = "failed", now(), exc.code
         event = final_event(record, exc, {}, at=now(), undone=False)
         pending = self._ctx.journal.event(
@@ -322,8 +376,9 @@ class Runner:
 
     def _spawn(self, item: Open, *events: EventData) -> None:
         task = asyncio.get_running_loop().create_task(self._tell(item, events))
-        self._announcing.add(task)
-        task.add_done_callback(self._announcing.discard)
+        item.telling.add(task)
+        task.add_done_callback(item.telling.discard)
+        task.add_done_callback(_log_untold)
 
     async def _tell(self, item: Open, events: Sequence[EventData]) -> None:
         record = item.record
@@ -338,6 +393,11 @@ class Runner:
             for event in events
         ]
         await self._ctx.journal.commit(Change(events=pending))
+
+
+def _log_untold(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.info("operation.announcement_not_sent", error=str(error))
 
 
 def _error_of(record: OperationRecord) -> ComputeError:

@@ -9,6 +9,10 @@ from agent.handlers.observe import settle
 from agent.handlers.view import instance_view
 from agent.messages.commands import ConsoleLog, InstanceList, InstanceShow
 from agent.messages.results import ConsoleLogResult, ForeignDomain, InstanceListResult, InstanceView
+from agent.store.base import InstanceRecord
+
+PAGE_BYTES = 512 * 1024
+"""A list goes on in a next page beyond this, so that no answer exceeds what a broker takes."""
 
 
 async def show(op: Operation, _data: InstanceShow) -> InstanceView:
@@ -28,7 +32,7 @@ async def show(op: Operation, _data: InstanceShow) -> InstanceView:
 async def list_instances(op: Operation, data: InstanceList) -> InstanceListResult:
     """List from memory, which events keep current: no call to the hypervisor."""
     records = [r for r in op.ctx.instances.all() if data.after is None or r.id > data.after]
-    page = records[: data.limit]
+    page = _page(records, data.limit)
     foreign = None
     if data.include_foreign:
         foreign = [
@@ -36,10 +40,23 @@ async def list_instances(op: Operation, data: InstanceList) -> InstanceListResul
             for d in op.ctx.state.foreign.values()
         ]
     return InstanceListResult(
-        instances=[instance_view(record) for record in page],
+        instances=page,
         foreign=foreign,
         next_after=page[-1].id if len(records) > len(page) else None,
     )
+
+
+def _page(records: list[InstanceRecord], limit: int) -> list[InstanceView]:
+    """As many as are asked for, and as fit in one message."""
+    page: list[InstanceView] = []
+    size = 0
+    for record in records[:limit]:
+        view = instance_view(record)
+        size += len(view.model_dump_json())
+        if page and size > PAGE_BYTES:
+            break
+        page.append(view)
+    return page
 
 
 async def console_log(op: Operation, data: ConsoleLog) -> ConsoleLogResult:

@@ -8,7 +8,10 @@ from agent.store.base import InstanceRecord
 
 
 def instance_view(record: InstanceRecord, details: InstanceDetails | None = None) -> InstanceView:
-    """Show a record, with what the driver adds where it was asked."""
+    """Show a record, with what the driver adds where it was asked.
+
+    The seed is left out: it may hold secrets, and results go to every reader of the events exchange.
+    """
     view = InstanceView(
         id=record.id,
         name=record.name,
@@ -16,7 +19,7 @@ def instance_view(record: InstanceRecord, details: InstanceDetails | None = None
         observed=record.observed,
         reason=record.reason,
         generation=record.generation,
-        spec=record.spec,
+        spec=record.spec.model_copy(update={"seed": None}),
         created_at=record.created_at,
         updated_at=record.updated_at,
     )

@@ -103,7 +103,8 @@ class Change:
     """One transaction.
 
     `claim` inserts an operation if its id is new. If the id is known, nothing of this change is applied and the
-    commit returns the known record. `operation` updates the state columns of a known operation. The final event
+    commit returns the known record. `operation` updates the state columns of a known operation; one that is final
+    stays final, whatever comes late. The final event
     of an operation is the last of `events` where `final_of` names the operation: its sequence is kept with it.
     """
 
@@ -138,7 +139,8 @@ class Store(Protocol):
     """A journal. All methods are called on the event loop; none blocks it.
 
     Raises `Unavailable` with code `journal_full` (no space: the change was not applied, try again when there is
-    some) or `journal_error`; `FailedPrecondition` with code `journal_foreign` or `journal_newer` from `open`.
+    some) or `journal_error`; `Internal` with code `journal_rejected` for a change that can never be stored (its
+    neighbours can); `FailedPrecondition` with code `journal_foreign` or `journal_newer` from `open`.
     """
 
     async def open(self, *, compute_id: str, host: str) -> Identity:

@@ -18,6 +18,10 @@ from agent.store.base import (
     StepRecord,
 )
 
+_STATE_COLUMNS = (
+    "state", "attempt", "started_at", "finished_at", "cancel_requested", "undo_pending", "error_code", "final_body",
+)  # fmt: skip
+
 
 class MemoryStore:
     """Implements `Store`. State outlives `close`, so a test can open it again as after a restart."""
@@ -55,8 +59,8 @@ class MemoryStore:
             if known is not None:
                 return Committed(copy.copy(known), [])
             self._operations[claim.id] = copy.copy(claim)
-        if change.operation is not None and change.operation.id in self._operations:
-            self._operations[change.operation.id] = copy.copy(change.operation)
+        if change.operation is not None:
+            self._update(change.operation)
         for step in change.steps:
             self._steps.setdefault(step.operation_id, {})[step.index] = step
         for instance in change.instances:
@@ -72,6 +76,13 @@ class MemoryStore:
         if change.final_of is not None and sequenced:
             self._operations[change.final_of].final_sequence = self._sequence
         return Committed(None, sequenced)
+
+    def _update(self, new: OperationRecord) -> None:
+        known = self._operations.get(new.id)
+        if known is None or (known.final and not new.final):
+            return
+        for name in _STATE_COLUMNS:
+            setattr(known, name, getattr(new, name))
 
     def published(self, sequences: Sequence[int]) -> None:
         for sequence in sequences:

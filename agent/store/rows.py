@@ -51,6 +51,7 @@ def operation_update_row(record: OperationRecord) -> tuple[Any, ...]:
         record.error_code,
         record.final_body,
         record.id,
+        _seconds(record.finished_at),
     )
 
 

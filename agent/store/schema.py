@@ -71,6 +71,8 @@ INSERT_OPERATION = (
 UPDATE_OPERATION = (
     "UPDATE operations SET state=?, attempt=?, started_at=?, finished_at=?, cancel_requested=?, undo_pending=?,"
     " error_code=?, final_body=? WHERE id=?"
+    # Nothing that comes late makes a final operation run again.
+    " AND (finished_at IS NULL OR ? IS NOT NULL)"
 )
 SELECT_OPERATION = f"SELECT {OPERATION_COLUMNS} FROM operations"  # noqa: S608 - constants only
 UPSERT_STEP = "INSERT OR REPLACE INTO steps (operation_id, step, name, state, output) VALUES (?,?,?,?,?)"

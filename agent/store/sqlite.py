@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from agent.errors import ComputeError, FailedPrecondition, Unavailable
+from agent.errors import ComputeError, FailedPrecondition, Internal, Unavailable
 from agent.store import schema
 from agent.store.base import Change, Committed, Identity, InstanceRecord, OperationRecord, SequencedEvent, StepRecord
 from agent.store.rows import (
@@ -68,10 +68,15 @@ class SqliteStore:
 
     async def open(self, *, compute_id: str, host: str) -> Identity:
         self._loop = asyncio.get_running_loop()
+        self._queue = queue.SimpleQueue()
         opened: asyncio.Future[Identity] = self._loop.create_future()
         self._thread = threading.Thread(target=self._main, args=(opened, compute_id, host), name="journal", daemon=True)
         self._thread.start()
-        return await opened
+        try:
+            return await opened
+        except ComputeError:
+            self._thread = None
+            raise
 
     async def close(self) -> None:
         thread, self._thread = self._thread, None
@@ -137,10 +142,13 @@ class SqliteStore:
     # --- the thread -------------------------------------------------------------------------------------------
 
     def _main(self, opened: asyncio.Future[Identity], compute_id: str, host: str) -> None:
+        db: sqlite3.Connection | None = None
         try:
             db = connect(self._path)
             identity = _prepare(db, compute_id, host)
-        except (ComputeError, sqlite3.Error, OSError) as exc:
+        except Exception as exc:
+            if db is not None:
+                db.close()
             self._deliver([(opened, None, _translate(exc))])
             return
         self._deliver([(opened, identity, None)])
@@ -187,7 +195,8 @@ class SqliteStore:
             return results
         except Exception as exc:
             _rollback(db)
-            self._published.put(gone)
+            if gone:
+                self._published.put(gone)
             if len(jobs) == 1:
                 return [(jobs[0].future, None, _translate(exc))]
         # One bad change must not fail its neighbours: each again, by itself.
@@ -210,7 +219,11 @@ class SqliteStore:
         while not self._published.empty():
             gone.extend(self._published.get())
         if gone:
-            db.executemany("DELETE FROM outbox WHERE sequence=?", [(sequence,) for sequence in gone])
+            try:
+                db.executemany("DELETE FROM outbox WHERE sequence=?", [(sequence,) for sequence in gone])
+            except sqlite3.Error:
+                self._published.put(gone)
+                raise
         return gone
 
     def _flush_alone(self, db: sqlite3.Connection) -> None:
@@ -222,8 +235,10 @@ class SqliteStore:
             gone = self._delete_published(db)
             db.execute("COMMIT")
         except sqlite3.Error as exc:
-            # Not forgotten is harmless: after a crash they are published again and readers drop them by id.
+            # Not forgotten yet is harmless: after a crash they are published again and readers drop them by id.
             _rollback(db)
+            if gone:
+                self._published.put(gone)
             log.warning("outbox.forget_failed", rows=len(gone), error=str(exc))
 
     def _deliver(self, results: list[_Result]) -> None:
@@ -341,12 +356,18 @@ def _rollback(db: sqlite3.Connection) -> None:
         db.execute("ROLLBACK")
 
 
+_NEVER = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+
+
 def _translate(exc: Exception) -> ComputeError:
     if isinstance(exc, ComputeError):
         return exc
     full = isinstance(exc, sqlite3.OperationalError) and "full" in str(exc)
+    error: ComputeError
     if full:
         error = Unavailable("no space is left for the journal: free space in state_dir", code="journal_full")
+    elif isinstance(exc, _NEVER) or not isinstance(exc, (sqlite3.Error, OSError)):
+        error = Internal(f"the journal cannot take this change: {exc}", code="journal_rejected")
     else:
         error = Unavailable(f"the journal cannot be used: {exc}", code="journal_error")
     error.__cause__ = exc
@@ -366,6 +387,7 @@ class JournalFile:
         except sqlite3.Error as exc:
             raise _translate(exc) from exc
         if version != len(schema.MIGRATIONS):
+            self._db.close()
             raise FailedPrecondition(
                 f"the journal has schema {version}, this tool reads {len(schema.MIGRATIONS)}: use the agent's version",
                 code="journal_newer",

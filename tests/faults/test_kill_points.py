@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import World, spec
+from faults_world import World, spec
+from support.agent_process import AgentProcess
+from support.recorder import describe
 
 from agent.messages.commands import InstanceCreate, InstanceDelete, InstanceShow
 from agent.messages.events import OperationFailed
 from agent.messages.spec import ImageSource, NetworkNic, RootDisk
 from devstack.libvirtd import PrivateLibvirtd
-from tests.support.agent_process import AgentProcess
-from tests.support.recorder import describe
 
 CREATE_STEPS = ("claim", "image", "storage", "define", "start")
 DELETE_STEPS = ("destroy", "undefine", "storage")

@@ -14,7 +14,7 @@ import pytest
 from agent.bus.amqp import AmqpBus, AmqpSettings
 from agent.bus.amqp.consumer import AmqpSubscription
 from agent.bus.base import Binding, Delivery, Exchange, Outgoing, Queue, Topology
-from agent.errors import ComputeError, DeadlineExceeded
+from agent.errors import ComputeError, DeadlineExceeded, Unavailable
 from devstack.rabbitmq import PrivateBroker
 
 _numbers = itertools.count(1)
@@ -147,6 +147,19 @@ async def test_a_frozen_broker_is_noticed_by_the_heartbeat(broker: PrivateBroker
                 await host.bus.publish(Outgoing("", host.reply, b"x", "x"), timeout_s=0.2)
             # Two heartbeats and two seconds of grace, looked at once a second.
             assert await host.until(lambda: host.states == [False]) < 8
+        finally:
+            broker.unpause()
+        await host.until(lambda: host.states == [False, True])
+        await host.proves_itself()
+
+
+async def test_a_request_to_a_frozen_broker_ends_with_the_connection(broker: PrivateBroker) -> None:
+    async with Host(broker, heartbeat_s=1, answer_timeout_s=60) as host:
+        broker.pause()
+        try:
+            async with asyncio.timeout(10):
+                with pytest.raises(Unavailable):
+                    await host.bus.declare(Topology(queues=(Queue(host.queue),)))
         finally:
             broker.unpause()
         await host.until(lambda: host.states == [False, True])

@@ -59,9 +59,7 @@ class Rig:
             deadlines=Deadlines(**({"settle_s": 0.05, "query_s": 2.0, "mutate_s": 2.0, "long_s": 2.0} | deadlines)),
             state=state,
         )
-        bind = getattr(self.journal, "resolve_instances", None)
-        if bind is not None:
-            bind(self.ctx.instances.find)
+        self.journal.resolve_instances(self.ctx.instances.find)
         self.lanes = Lanes({"query": limit, "power": limit, "build": limit})
         self.routes: dict[str, Route] = {}
         self.runner = Runner(self.ctx, self.routes, self.lanes)  # type: ignore[arg-type]

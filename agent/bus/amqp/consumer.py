@@ -175,6 +175,8 @@ class ConsumerChannel:
             self._deliver(payload)
 
     def _deliver(self, body: bytes) -> None:
+        if not self.alive:
+            return
         delivery = AmqpDelivery(self, self._method, self._header, body)
         self._last_tag = delivery.tag
         self.unsettled[delivery.tag] = None
@@ -255,6 +257,8 @@ class AmqpSubscription:
 
     def lost(self) -> None:
         self._consuming = False
+        if self._sink is not None:
+            self._sink.alive = False
         self._session = self._channel = self._sink = None
 
     async def cancel(self) -> None:

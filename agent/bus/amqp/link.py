@@ -112,9 +112,9 @@ class Link:
             await asyncio.wait((self._task,), timeout=10.0)
         self._ready = False
         session, self.session = self.session, None
+        self._lose_parts()
         if session is not None:
             await session.close()
-        self._lose_parts()
 
     def flush(self) -> None:
         """Send what the sinks have gathered for the end of this turn of the loop."""

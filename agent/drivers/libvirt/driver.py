@@ -85,7 +85,8 @@ class LibvirtDriver(Driver):
         console = self._storage.files(instance_id).console_log
         with self._link.call() as connection:
             domain = domains.find(connection, instance_id)
-            return domains.details(domain, str(console) if console.exists() else None)
+            kept = not self._settings.simulated and console.exists()
+            return domains.details(domain, str(console) if kept else None)
 
     def capacity(self) -> HostCapacity:
         return self._hypervisor.capacity()

@@ -10,7 +10,7 @@ import pytest
 from bus_world import Inbox, Names, States, World, ack, depth_becomes
 
 from agent.bus.base import Binding, Delivery, Exchange, Queue, Topology
-from agent.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from agent.errors import DeadlineExceeded, FailedPrecondition, Unavailable, Unroutable
 
 
 async def test_unsettled_deliveries_come_again_after_a_loss(world: World, names: Names) -> None:
@@ -313,3 +313,21 @@ async def test_close_is_final_and_idempotent(world: World, names: Names) -> None
     with pytest.raises(Unavailable):
         await bus.publish(names.command())
     await subscription.cancel()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5, 20])
+async def test_closing_ends_a_request_in_progress(world: World, names: Names, turns: int) -> None:
+    """With an error of ours: a CancelledError that nobody asked for would end the caller's task."""
+    bus = await world.bus()
+    requests = asyncio.gather(
+        bus.declare(names.topology()),
+        bus.queue_depth(names.queue),
+        bus.publish_soon(names.command(exchange="", mandatory=True)),
+        return_exceptions=True,
+    )
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await bus.close()
+    async with asyncio.timeout(5):
+        outcomes = await requests
+    assert all(outcome is None or isinstance(outcome, int | Unavailable | Unroutable) for outcome in outcomes)

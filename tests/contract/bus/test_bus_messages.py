@@ -250,9 +250,10 @@ async def test_cc_reaches_each_queue_once(world: World, names: Names) -> None:
     other = f"{names.queue}.other"
     await bus.declare(
         Topology(
-            exchanges=(Exchange(names.exchange),),
-            queues=(Queue(names.queue), Queue(other)),
+            exchanges=(Exchange(names.unroutable), Exchange(names.exchange, alternate=names.unroutable)),
+            queues=(Queue(names.queue), Queue(other), Queue(names.unroutable)),
             bindings=(
+                Binding(names.unroutable, "#", names.unroutable),
                 Binding(names.exchange, "x.one", names.queue),
                 Binding(names.exchange, "x.three", names.queue),
                 Binding(names.exchange, "x.two", other),
@@ -268,6 +269,8 @@ async def test_cc_reaches_each_queue_once(world: World, names: Names) -> None:
     await first.count(1)
     assert (first.bodies, second.bodies) == ([b"both"], [b"both", b"cc only"])
     assert first.all[0].routing_key == "x.one"
+    await bus.publish(names.command(b"nobody's", routing_key="x.none", cc=("x.nothing",)))
+    await depth_becomes(bus, names.unroutable, 1)
     await depth_becomes(bus, names.queue, 0)
 
 

@@ -1,0 +1,202 @@
+"""What the measurements with instances share: specs, a base image, a controller, a watcher of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aio_pika
+import libvirt
+
+from agent.bus.amqp import AmqpBus, AmqpSettings
+from agent.controller import ComputeClient
+from agent.drivers.base import DriverContext
+from agent.drivers.libvirt import LibvirtDriver, xml
+from agent.messages import routing
+from agent.messages.commands import InstanceCreate, InstanceDelete, InstancePause
+from agent.messages.events import Event, parse_event
+from agent.messages.spec import ImageSource, InstanceSpec, RootDisk
+from bench.servers import AGENT_HOST
+
+T = TypeVar("T")
+LIMIT_S = 120.0
+GUEST_MIB = 32
+DISK_MIB = 64
+
+
+def base_image(directory: Path) -> ImageSource:
+    """An empty qcow2 as image: a guest on it ends in its firmware and is quiet there."""
+    path = directory / "base.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), f"{DISK_MIB}M"], check=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return ImageSource(url=f"file://{path}", sha256=digest, format="qcow2")
+
+
+def small_spec(name: str, image: ImageSource | None = None) -> InstanceSpec:
+    """A guest of one CPU and 32 MiB."""
+    return InstanceSpec(
+        name=name, vcpus=1, memory_mib=GUEST_MIB, root_disk=RootDisk(size_mib=DISK_MIB, image=image), nics=[]
+    )
+
+
+def new_ids(count: int) -> list[str]:
+    """Fresh instance ids."""
+    return [str(uuid.uuid4()) for _ in range(count)]
+
+
+@contextlib.asynccontextmanager
+async def controller(url: str) -> AsyncIterator[ComputeClient]:
+    """A controller on the broker."""
+    bus = AmqpBus(AmqpSettings(url=url, reconnect_min_s=0.1, reconnect_max_s=0.3), name="bench")
+    async with ComputeClient(bus, source="/bench") as client:
+        yield client
+
+
+async def create_all(
+    client: ComputeClient, ids: Iterable[str], image: ImageSource | None = None, *, host: str = AGENT_HOST, at_once: int = 50
+) -> None:
+    """Create instances named after their ids."""
+    await side_by_side(
+        (
+            _call(client, InstanceCreate(spec=small_spec(f"b-{key[:13]}", image)), host, key)
+            for key in ids
+        ),
+        at_once,
+    )
+
+
+async def delete_all(client: ComputeClient, ids: Iterable[str], *, host: str = AGENT_HOST) -> None:
+    """Delete instances."""
+    await side_by_side((_call(client, InstanceDelete(), host, key) for key in ids), 50)
+
+
+async def pause_all(client: ComputeClient, ids: Iterable[str], *, host: str = AGENT_HOST) -> None:
+    """Pause instances."""
+    await side_by_side((_call(client, InstancePause(), host, key) for key in ids), 50)
+
+
+async def _call(client: ComputeClient, data: Any, host: str, key: str) -> None:
+    await client.call(data, host=host, instance_id=key, timeout_s=LIMIT_S)
+
+
+async def side_by_side(work: Iterable[Awaitable[T]], at_once: int) -> list[T]:
+    """Await all, so many at a time, in the order given."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(item: Awaitable[T]) -> T:
+        async with gate:
+            return await item
+
+    return list(await asyncio.gather(*(one(item) for item in work)))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An event, and when it reached us (`time.perf_counter`)."""
+
+    at: float
+    event: Event
+
+
+class Watch:
+    """A consumer of events of some kinds: what a scheduler or an inventory would be. An async context manager."""
+
+    def __init__(self, url: str, *kinds: str) -> None:
+        self._url = url
+        self._kinds = kinds
+        self._arrived: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+    async def __aenter__(self) -> Watch:
+        self._connection = await aio_pika.connect(self._url)
+        channel = await self._connection.channel()
+        exchange = await channel.declare_exchange(routing.EVENTS_EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
+        queue = await channel.declare_queue(exclusive=True)
+        for kind in self._kinds:
+            await queue.bind(exchange, routing_key=f"{kind}.#")
+        await queue.consume(self._take, no_ack=True)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._connection.close()
+
+    async def _take(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
+        self._arrived.put_nowait((time.perf_counter(), message.body))
+
+    def drop(self) -> int:
+        """Forget what has arrived; how much it was."""
+        count = self._arrived.qsize()
+        while not self._arrived.empty():
+            self._arrived.get_nowait()
+        return count
+
+    async def next(self, timeout_s: float = LIMIT_S, *, wanted: Callable[[Event], bool] = lambda _event: True) -> Seen:
+        """The next event that is wanted."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                at, body = await self._arrived.get()
+                event = parse_event(body)
+                if wanted(event):
+                    return Seen(at, event)
+
+
+class ByHand:
+    """The floor of the hypervisor: qemu-img and libvirt-python, with the very XML that the agent's driver makes."""
+
+    def __init__(self, uri: str, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._driver = LibvirtDriver(
+            DriverContext(host=AGENT_HOST, state_dir=directory, settings={"uri": uri}, emit=lambda _event: None)
+        )
+        self._driver.connect()
+        self.connection = libvirt.open(uri)
+
+    def close(self) -> None:
+        """Let go of the daemon."""
+        self.connection.close()
+        self._driver.close()
+
+    def create(self, instance_id: str, spec: InstanceSpec, base: Path, connection: Any = None) -> dict[str, float]:
+        """Make overlay, definition and guest. Returns the seconds of each; making the XML is not counted."""
+        link = connection or self.connection
+        files = self._driver._storage.files(instance_id)
+        files.disk.parent.mkdir(parents=True)
+        steps = {"overlay": 0.0, "define": 0.0, "start": 0.0}
+        begun = time.perf_counter()
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), "--", str(files.disk)]
+        subprocess.run([*command, str(DISK_MIB * 1024 * 1024)], check=True, capture_output=True)
+        steps["overlay"] = time.perf_counter() - begun
+        document = self.document(instance_id, spec)
+        begun = time.perf_counter()
+        domain = link.defineXML(document)
+        steps["define"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        domain.create()
+        steps["start"] = time.perf_counter() - begun
+        return steps
+
+    def document(self, instance_id: str, spec: InstanceSpec) -> str:
+        """The XML that the agent would define."""
+        facts = self._driver._hypervisor.facts(self.connection, instance_id)
+        files = self._driver._storage.files(instance_id)
+        return xml.build(instance_id, spec, generation=0, host=AGENT_HOST, facts=facts, files=files)
+
+    def remove(self, instance_id: str) -> None:
+        """Take it all back."""
+        self._driver.destroy(instance_id)
+        self._driver.undefine(instance_id)
+        self._driver.delete_storage(instance_id)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run on uvloop, as the agent does."""
+    import uvloop
+
+    return uvloop.run(work)
