@@ -49,7 +49,8 @@ T = TypeVar("T")
 PREFETCH = 500
 """Deliveries in hand: enough that acknowledgements, which wait for a commit, never starve the intake."""
 RETRY_S = 2.0
-FIRST_CONNECT_S = 30.0
+FIRST_CONNECT_S = 5.0
+"""After this long without a broker the log says so, and again each time."""
 
 
 class Agent:
@@ -251,6 +252,7 @@ class Agent:
         limit_s = self.settings.agent.drain_timeout_s
         log.info("agent.stopping", operations=self._runner.in_flight, limit_s=limit_s)
         self.ctx.state.ready = False
+        await self._cancel_task("start")  # it could begin to consume while we drain
         if self._subscription is not None:
             await self._quietly("cancel consumer", self._subscription.cancel(), 5.0)
         drained = await self._lanes.drain(limit_s)
@@ -330,6 +332,12 @@ class Agent:
         for task in [task for task in self._tasks if task.get_name() == name]:
             await asyncio.wait({task})
 
+    async def _cancel_task(self, name: str) -> None:
+        tasks = [task for task in self._tasks if task.get_name() == name]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _end_tasks(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:
@@ -344,8 +352,8 @@ class Agent:
         self._own("undo", self._retry_undo())
 
     async def _retry_undo(self) -> None:
-        records = [record for record in await self._store.operations(unfinished=True) if record.undo_pending]
-        await self._runner.resume(records)
+        unfinished = await self.ctx.journal.read(lambda: self._store.operations(unfinished=True))
+        await self._runner.resume([record for record in unfinished if record.undo_pending])
 
     async def _quietly(self, what: str, work: Coroutine[Any, Any, object], limit_s: float) -> None:
         """Do one part of stopping within a limit; its failure must not keep the rest from stopping."""

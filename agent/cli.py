@@ -43,9 +43,11 @@ def main() -> None:
 def run(path: Path) -> None:
     """Run the agent until SIGTERM or SIGINT."""
     from agent import config, log  # noqa: PLC0415 - `--help` and the journal tool stay quick
+    from agent.identity import hold  # noqa: PLC0415
 
     settings = config.load(path)
     log.configure(settings.log.level)
+    hold(settings.agent.state_dir)
     _run_loop(_serve(settings, path))
 
 

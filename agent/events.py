@@ -24,6 +24,10 @@ from agent.messages.events import EventData, HypervisorConnection, PowerState
 from agent.store.base import Change, InstanceRecord, PendingEvent
 
 log = structlog.get_logger("events")
+READS = 3
+"""How often a state is read again because something changed it while it was read."""
+_Hint = tuple[PowerChanged, InstanceRecord | None]
+"""A hint, and what was known when it came."""
 
 
 class HypervisorEvents:
@@ -35,8 +39,10 @@ class HypervisorEvents:
         self._loop = loop
         self._arrived: deque[DriverEvent] = deque()
         self._wake = asyncio.Event()
-        self._hints: dict[str, list[PowerChanged]] = {}
+        self._hints: dict[str, list[_Hint]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._era = 0
+        """Counts losses and returns of the connection: work of a former era must not report on the present one."""
         self.on_connection: Callable[[bool], None] = lambda _connected: None
 
     def sink(self, event: DriverEvent) -> None:
@@ -90,10 +96,11 @@ class HypervisorEvents:
     # --- power ------------------------------------------------------------------------------------------------
 
     def _hint(self, event: PowerChanged) -> None:
+        hint = (event, self._ctx.instances.find(event.instance_id))
         if event.instance_id in self._hints:
-            self._hints[event.instance_id].append(event)
+            self._hints[event.instance_id].append(hint)
             return
-        self._hints[event.instance_id] = [event]
+        self._hints[event.instance_id] = [hint]
         self._own(self._read(event.instance_id))
 
     async def _read(self, instance_id: str) -> None:
@@ -104,32 +111,51 @@ class HypervisorEvents:
         finally:
             del self._hints[instance_id]
 
-    async def _believe(self, instance_id: str, hints: list[PowerChanged]) -> None:
-        if self._ctx.instances.find(instance_id) is None:
-            if instance_id not in self._ctx.state.foreign and instance_id not in self._runner.busy_instances():
-                await reconcile(self._ctx, self._runner, resync=False)
-            return
+    async def _believe(self, instance_id: str, hints: list[_Hint]) -> None:
         info: DomainInfo | None = None
-        try:
-            info = await self._ctx.executor.call(
-                "query", self._ctx.driver.get, instance_id, deadline_s=self._ctx.deadlines.query_s
-            )
-        except NotFound:
-            if instance_id not in self._runner.busy_instances():
-                await reconcile(self._ctx, self._runner, resync=False)
+        for _ in range(READS):
+            before = self._ctx.instances.find(instance_id)
+            if before is None and self._is_explained(instance_id):
                 return
-        except ComputeError as exc:
-            log.info("events.read_failed", instance=instance_id, code=exc.code)
+            try:
+                info = await self._ctx.executor.call(
+                    "query", self._ctx.driver.get, instance_id, deadline_s=self._ctx.deadlines.query_s
+                )
+            except NotFound:
+                info = None
+                if before is None:
+                    return  # the last words of a domain that is gone
+                if instance_id not in self._runner.busy_instances():
+                    await reconcile(self._ctx, self._runner, resync=False)
+                    return
+            except ComputeError as exc:
+                info = None
+                log.info("events.read_failed", instance=instance_id, code=exc.code)
             if not self._ctx.state.connected.is_set():
                 return  # unknown now; everything is read again when the hypervisor is back
+            if self._ctx.instances.find(instance_id) is before:
+                break
+        if before is None:
+            await reconcile(
+                self._ctx, self._runner, resync=False, needed=lambda: not self._is_explained(instance_id)
+            )
+            return
         change = Change()
-        for hint in hints:
-            if hint.power == "unknown":
-                continue  # defined or undefined: says nothing about power, only that it is worth reading again
-            self._observe(change, instance_id, hint.power, hint.reason)
+        for hint, known in hints:
+            # What was learned since it came is newer. `unknown`: it says nothing about power, such as a definition.
+            if known is before and hint.power != "unknown":
+                self._observe(change, instance_id, hint.power, hint.reason)
         if info is not None:
             self._observe(change, instance_id, info.power, info.reason)
         await self._flush(change)
+
+    def _is_explained(self, instance_id: str) -> bool:
+        """Whether a domain's events are no news: it is ours, foreign, or in the hands of an operation."""
+        return (
+            self._ctx.instances.find(instance_id) is not None
+            or instance_id in self._ctx.state.foreign
+            or instance_id in self._runner.busy_instances()
+        )
 
     def _observe(self, change: Change, instance_id: str, power: PowerState, reason: str) -> None:
         before = self._ctx.instances.find(instance_id)
@@ -152,8 +178,11 @@ class HypervisorEvents:
         if event.connected == state.connected.is_set():
             return
         if event.connected:
-            await self.connected(event.detail)
+            state.connected.set()
+            # Not waited for: reading everything may take long, and the next loss must be seen at once.
+            self._own(self.connected(event.detail))
             return
+        self._era += 1
         state.connected.clear()
         metrics.HYPERVISOR_CONNECTED.set(0)
         state.conditions["hypervisor"] = event.detail
@@ -170,6 +199,8 @@ class HypervisorEvents:
         """The hypervisor can be asked: say so, then read everything again."""
         state = self._ctx.state
         state.connected.set()
+        self._era += 1
+        era = self._era
         metrics.HYPERVISOR_CONNECTED.set(1)
         state.conditions.pop("hypervisor", None)
         try:
@@ -178,10 +209,14 @@ class HypervisorEvents:
             self._ctx.capacity.host = await self._ctx.executor.call("query", driver.capacity, deadline_s=deadline_s)
         except ComputeError as exc:
             log.warning("hypervisor.description_failed", code=exc.code, error=exc.message)
+        if era != self._era:
+            return
         await self._ctx.journal.commit(
             Change(events=[self._event(HypervisorConnection(connected=True, detail=detail))])
         )
         await reconcile(self._ctx, self._runner, resync=True)
+        if era != self._era:
+            return
         self.on_connection(True)
         self._ctx.heartbeat_now()
 

@@ -5,6 +5,7 @@ The host's name can change and a disk can be cloned; the id in the file and the 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from agent.errors import FailedPrecondition
 
 FILE_NAME = "compute_id"
+LOCK_NAME = "lock"
 
 
 def compute_id(state_dir: Path, journal: Path) -> str:
@@ -35,6 +37,26 @@ def compute_id(state_dir: Path, journal: Path) -> str:
         return str(uuid.UUID(text))
     except ValueError:
         raise FailedPrecondition(f"{path} holds no UUID: restore the file", code="identity") from None
+
+
+def hold(state_dir: Path) -> None:
+    """Keep every other agent off this state directory for as long as this process lives.
+
+    Two processes on one journal would both take up its operations. The kernel frees the lock when the process ends,
+    however it ends. Raises `FailedPrecondition` (code `state_dir_in_use`, or `identity`).
+    """
+    path = state_dir / LOCK_NAME
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # never closed: it is the lock
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FailedPrecondition(
+            f"another agent is running on {state_dir}: end it, or give this one a state_dir of its own",
+            code="state_dir_in_use",
+        ) from None
+    except OSError as exc:
+        raise FailedPrecondition(f"cannot lock {path}: {exc}", code="identity") from exc
 
 
 def _make(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import structlog
 
-_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^/@\s:]*:)[^@\s]*@")
+_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^/@\s:]*:)[^\s]*@")
 _SECRET_KEYS = frozenset({"password", "secret", "token", "user_data", "meta_data", "ssh_keys", "body"})
 
 
@@ -55,6 +55,8 @@ def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(threshold, logging.WARNING))
+    # Each failed attempt to connect is an error to it; `agent.bus` and `agent.app` say the same in one line.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 
 class _NamedLogger(structlog.PrintLogger):

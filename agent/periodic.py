@@ -20,7 +20,6 @@ from agent.core.reconcile import reconcile
 from agent.core.runner import Runner
 from agent.drivers.base import HostCapacity
 from agent.errors import ComputeError
-from agent.messages.commands import parse_command
 from agent.messages.events import HostHeartbeat, render_event
 from agent.messages.routing import EVENTS_EXCHANGE, event_key
 
@@ -136,6 +135,7 @@ class Heartbeat:
             self._reading = asyncio.create_task(
                 self._ctx.executor.call("query", self._ctx.driver.capacity, deadline_s=self._ctx.deadlines.query_s)
             )
+            self._reading.add_done_callback(_retrieve)
         try:
             async with asyncio.timeout(min(2.0, self._interval_s / 2)):
                 self._ctx.capacity.host = await asyncio.shield(self._reading)
@@ -143,6 +143,12 @@ class Heartbeat:
         except (TimeoutError, ComputeError) as exc:
             self._ctx.state.conditions["capacity"] = "the hypervisor did not tell its capacity; the figures are old"
             log.info("heartbeat.capacity_old", error=str(exc))
+
+
+def _retrieve(reading: asyncio.Task[HostCapacity]) -> None:
+    """Mark an error as seen: the heartbeat that asked may have gone out without waiting for it."""
+    if not reading.cancelled():
+        reading.exception()
 
 
 class Chores:
@@ -169,7 +175,7 @@ class Chores:
         for operation_id in await self._ctx.journal.store.take_requests():
             record = await self._ctx.journal.store.operation(operation_id)
             if record is not None and record.undo_pending:
-                self._runner.retry_undo(record, parse_command(record.body))
+                await self._runner.resume([record])
 
     async def gauges(self) -> None:
         """Set the gauges that nobody sets where things happen."""

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Real servers for development and tests: private, disposable, any number of them side by side.
 
 The package uses the standard library alone, because ``devstack/bootstrap.sh`` and ``make up`` need it before

@@ -1,7 +1,4 @@
 #!/usr/bin/env bash
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
-#
 # Make a Debian 12 host ready for the development stack and the integration tests.
 #
 #   devstack/bootstrap.sh packages   install the missing Debian packages, prepare /dev/kvm

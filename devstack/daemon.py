@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """What the private libvirt daemons of ``libvirtd`` have in common: a namespace and a daemon in it.
 
 The end of the namespace's PID 1 is the end of the daemon, of its log daemon and of all its QEMUs. Sockets and

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """What ``rabbitmq`` needs of the host: the installed scripts and plugins, and Erlang's port mapper."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """A small guest that boots for real: Debian's kernel, busybox, an init that reports on the serial console.
 
 ``guest_image`` builds it once per cache directory, without mounting anything, from packages that apt can

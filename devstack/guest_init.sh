@@ -1,7 +1,4 @@
 #!/bin/sh
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
-#
 # PID 1 of the test guest (busybox). What it prints on the serial console is read by tests:
 #
 #   compute-agent guest is up

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Private libvirt daemons: own state, own sockets, own QEMU processes, ended as one.
 
 Each daemon lives in a pid and mount namespace of its own; the end of the namespace's PID 1 is the end of the
@@ -161,7 +159,7 @@ class PrivateLibvirtd(Daemon):
 class PrivateSessionLibvirtd(Daemon):
     """A session libvirtd as an unprivileged user would have it, with XDG folders below ``directory``.
 
-    Started by root it runs in a user namespace in which root's files belong to user 1000, without any
+    Started by root it runs in a user namespace in which root's files belong to user `nobody` (which every host has), without any
     capability: no other user's folder has to be prepared, and what needs privileges fails as it does for a
     user.
     """
@@ -202,7 +200,7 @@ class PrivateSessionLibvirtd(Daemon):
         return self.directory / "config/libvirt/qemu/lib" / f"domain-99-{'x' * 20}" / "monitor.sock"
 
     def _unshare(self) -> list[str]:
-        flags = ["--user", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else ["--user"]
+        flags = ["--user", "--map-user=65534", "--map-group=65534"] if os.geteuid() == 0 else ["--user"]
         if os.geteuid() != 0:
             flags += [f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
         flags += ["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Processes and ports: what every private server of this package needs.
 
 A server may outlive the Python process that started it, and be ended by another one. So a process is named by

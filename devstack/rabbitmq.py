@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Private RabbitMQ nodes: everything in one directory, on loopback only, ended without a trace.
 
 A node is described by ``broker.json`` in its directory, so another process can attach to it, restart it or

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """PID 1 of a private pid namespace: reaps every orphan at once and does nothing else.
 
 libvirt waits for the end of a QEMU by asking whether its pid still exists; below a PID 1 that reaps slowly

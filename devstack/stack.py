@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The development stack on one host: a broker, a hypervisor daemon, a guest image, the agent.
 
 ``python3 -m devstack.stack up|down|status --dir DIR``. ``up`` leaves everything running in the background;

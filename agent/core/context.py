@@ -53,6 +53,8 @@ class HostState:
         default_factory=lambda: Capabilities(hypervisor_type="unknown", hypervisor_version="", verbs=frozenset())
     )
     foreign: dict[str, DomainInfo] = field(default_factory=dict)
+    reconciling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while everything is re-read: of two re-readings at once the older could overwrite the newer."""
     conditions: dict[str, str] = field(default_factory=dict)
     """Name of what is wrong → sentence. Empty: all is well."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from agent.core.failpoints import failpoint
 from agent.core.outcome import final_event, problem_of, state_of
 from agent.core.registry import Registry
 from agent.core.runner import Runner
-from agent.errors import ComputeError, Conflict, Expired, InvalidArgument, StaleGeneration
+from agent.errors import ComputeError, Conflict, Expired, Internal, InvalidArgument, StaleGeneration
 from agent.messages import routing
 from agent.messages.commands import Command, Refused, parse_command
 from agent.messages.events import OperationRejected, seal
@@ -27,7 +28,9 @@ from agent.store.base import Change, Committed, OperationRecord, PendingEvent
 
 log = structlog.get_logger("dispatch")
 BATCH_LIMIT = 256
-_REPLY_TO = re.compile(r"^[!-~]{1,255}$")
+MAX_REPLIES = 16
+"""Addresses one answer goes to: with more, its headers would outgrow a frame and nothing could be published."""
+_REPLY_TO = re.compile(r"[!-~]{1,255}")
 
 
 @dataclass(slots=True)
@@ -38,6 +41,8 @@ class _Arrival:
     change: Change
     command: Command[Any] | None = None
     record: OperationRecord | None = None
+    burial: asyncio.Future[None] | None = None
+    reply: tuple[str, bytes] | None = None
 
 
 class Dispatcher:
@@ -49,6 +54,8 @@ class Dispatcher:
         self._registry = registry
         self._runner = runner
         self._arrived: deque[Delivery] = deque()
+        self._again: list[Delivery] = []
+        self._batch: set[str] = set()
         self._wake = asyncio.Event()
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -63,10 +70,53 @@ class Dispatcher:
             self._wake.clear()
             while self._arrived:
                 count = min(len(self._arrived), BATCH_LIMIT)
-                arrivals = [await self._read(self._arrived.popleft()) for _ in range(count)]
-                done = await self._ctx.journal.commit(*(arrival.change for arrival in arrivals))
-                for arrival, committed in zip(arrivals, done, strict=True):
-                    self._committed(arrival, committed)
+                self._batch.clear()
+                found = [await self._read_safely(self._arrived.popleft()) for _ in range(count)]
+                arrivals = [arrival for arrival in found if arrival is not None]
+                burials = [arrival.burial for arrival in arrivals if arrival.burial is not None]
+                if burials:
+                    await asyncio.wait(burials)  # each has a limit of its own
+                await self._commit(arrivals)
+                if self._again:
+                    await asyncio.sleep(0)
+                    self._arrived.extend(self._again)
+                    self._again.clear()
+
+    async def _commit(self, arrivals: list[_Arrival]) -> None:
+        try:
+            done = await self._ctx.journal.commit(*(arrival.change for arrival in arrivals))
+        except Internal as exc:
+            if len(arrivals) == 1:
+                self._poison(arrivals[0].delivery, exc)
+                return
+            # One that cannot be stored must not keep its neighbours out.
+            for arrival in arrivals:
+                await self._commit([arrival])
+            return
+        for arrival, committed in zip(arrivals, done, strict=True):
+            self._committed(arrival, committed)
+
+    def _poison(self, delivery: Delivery, exc: Exception) -> None:
+        """Give up a message that our own code fails on; the broker keeps it among the dead letters."""
+        log.error("dispatch.poison", error=str(exc), exc_info=exc)
+        metrics.DEAD_LETTERS.labels("internal").inc()
+        delivery.reject(requeue=False)
+
+    async def _read_safely(self, delivery: Delivery) -> _Arrival | None:
+        try:
+            return await self._read(delivery)
+        except ComputeError:
+            raise  # the journal is closing: nothing was acknowledged
+        except Exception as exc:
+            self._poison(delivery, exc)
+            return None
+
+    async def _is_known(self, operation_id: str) -> bool:
+        """Whether a command with this id was accepted before, or is about to be."""
+        if operation_id in self._batch or self._runner.find(operation_id) is not None:
+            return True
+        store = self._ctx.journal.store
+        return await self._ctx.journal.read(lambda: store.operation(operation_id)) is not None
 
     # --- before the commit ------------------------------------------------------------------------------------
 
@@ -81,13 +131,13 @@ class Dispatcher:
             instance_id=command.subject,
             body=delivery.body,
             reply_to=_reply_to(delivery),
-            correlation_id=delivery.correlation_id,
+            correlation_id=_short(delivery.correlation_id),
             state="accepted",
             accepted_at=now(),
         )
         change = Change()
         try:
-            self._fence(command, change)
+            await self._fence(command, change)
             route = self._registry[command.verb]
             if route.inline is not None:
                 result = route.inline(self._ctx, command)
@@ -103,12 +153,13 @@ class Dispatcher:
             change = Change()
             record.state = "failed"
             self._end(record, command, change, exc, {})
+        self._batch.add(record.id)
         change.claim = replace(record)
         if not record.final and command.reportprogress:
             change.events.append(self._event(record, command, self._runner.accepted(record)))
         return _Arrival(delivery, change, command, record)
 
-    def _fence(self, command: Command[Any], change: Change) -> None:
+    async def _fence(self, command: Command[Any], change: Change) -> None:
         """Refuse what is not for us, too late or out of date; note a newer generation."""
         if command.host is not None and command.host not in (self._ctx.host, routing.BROADCAST):
             raise InvalidArgument(
@@ -125,7 +176,8 @@ class Dispatcher:
                 " read its state before commanding it again",
                 generation=instance.generation,
             )
-        if command.generation > instance.generation:
+        # A repeat, or another command under a known id, is not accepted and must not make others stale.
+        if command.generation > instance.generation and not await self._is_known(command.id):
             change.instances.append(self._ctx.instances.update(instance.id, generation=command.generation))
 
     def _end(
@@ -155,26 +207,30 @@ class Dispatcher:
         """Answer what is no command, and keep its bytes where people can look at them."""
         log.warning("dispatch.refused", code=exc.code, error=exc.message, key=delivery.routing_key, id=exc.command_id)
         metrics.DEAD_LETTERS.labels(exc.code).inc()
-        await self._bury(delivery, exc)
+        burial = self._bury(delivery, exc)
         rejected = OperationRejected(
-            operation_id=exc.command_id or delivery.message_id or "",
+            operation_id=exc.command_id or _short(delivery.message_id) or "",
             verb="unknown",
             instance_id=exc.subject,
             error=problem_of(exc),
         )
+        reply_to = _reply_to(delivery)
         event = self._ctx.journal.event(
-            rejected, subject=exc.subject, reply_to=_reply_to(delivery), correlation_id=delivery.correlation_id
+            rejected, subject=exc.subject, reply_to=reply_to, correlation_id=_short(delivery.correlation_id)
         )
-        return _Arrival(delivery, Change(events=[event]))
+        if exc.command_id is not None and await self._is_known(exc.command_id):
+            # The id's one final event belongs to the command that came first: only the sender is told.
+            return _Arrival(delivery, Change(), burial=burial, reply=(reply_to, event.body) if reply_to else None)
+        return _Arrival(delivery, Change(events=[event]), burial=burial)
 
-    async def _bury(self, delivery: Delivery, exc: ComputeError) -> None:
-        """Copy a message to the dead-letter exchange with the reason. Without a broker it comes again anyway."""
+    def _bury(self, delivery: Delivery, exc: ComputeError) -> asyncio.Future[None]:
+        """Copy a message to the dead-letter exchange with the reason."""
         copy = Outgoing(
             exchange=routing.DEAD_EXCHANGE,
             routing_key=delivery.routing_key,
             body=delivery.body,
-            message_id=delivery.message_id or "",
-            correlation_id=delivery.correlation_id,
+            message_id=_short(delivery.message_id) or "",
+            correlation_id=_short(delivery.correlation_id),
             headers={
                 "compute-host": self._ctx.host,
                 "compute-code": exc.code,
@@ -182,22 +238,22 @@ class Dispatcher:
                 "compute-exchange": delivery.exchange,
             },
         )
-        try:
-            await self._bus.publish(copy, timeout_s=5.0)
-        except ComputeError as failed:
-            log.warning("dispatch.dead_letter_failed", code=failed.code, error=failed.message)
+        return self._bus.publish_soon(copy, timeout_s=5.0)
 
     # --- after the commit -------------------------------------------------------------------------------------
 
     def _committed(self, arrival: _Arrival, committed: Committed) -> None:
         if arrival.record is not None:
             failpoint(f"{arrival.record.verb}:accept:after")
-        arrival.delivery.ack()
         if arrival.record is None or arrival.command is None:
+            self._buried(arrival)
             return
         if committed.known is not None:
-            self._duplicate(arrival, arrival.record, committed.known)
-        elif arrival.record.final:
+            if self._duplicate(arrival, arrival.record, committed.known):
+                arrival.delivery.ack()
+            return
+        arrival.delivery.ack()
+        if arrival.record.final:
             record = arrival.record
             metrics.COMMANDS.labels(record.verb, record.state).inc()
             log.info(
@@ -211,19 +267,38 @@ class Dispatcher:
         else:
             self._runner.submit(arrival.record, arrival.command)
 
-    def _duplicate(self, arrival: _Arrival, record: OperationRecord, known: OperationRecord) -> None:
-        """Answer a command that came before: the recorded answer, the one still to come, or a conflict."""
-        metrics.DUPLICATES.inc()
+    def _buried(self, arrival: _Arrival) -> None:
+        failed = None if arrival.burial is None or arrival.burial.cancelled() else arrival.burial.exception()
+        if failed is not None:
+            log.warning("dispatch.dead_letter_failed", error=str(failed))
+            arrival.delivery.reject(requeue=False)  # the broker keeps it then, if without the reason
+        else:
+            arrival.delivery.ack()
+        if arrival.reply is not None:
+            address, body = arrival.reply
+            self._reply(address, body, _short(arrival.delivery.correlation_id))
+
+    def _duplicate(self, arrival: _Arrival, record: OperationRecord, known: OperationRecord) -> bool:
+        """Answer a command that came before: the recorded answer, the one still to come, or a conflict.
+
+        False: its result is being committed just now. Ask again with the next batch.
+        """
         if not _same_command(known.body, record.body):
             self._conflict(arrival, record)
-            return
+            return True
         running = self._runner.find(record.id)
+        if running is not None and running.record.final:
+            self._again.append(arrival.delivery)
+            return False
+        metrics.DUPLICATES.inc()
         if running is not None:
-            if record.reply_to and record.reply_to != running.record.reply_to:
-                running.more_replies.append(record.reply_to)
+            others = running.more_replies
+            if record.reply_to and record.reply_to not in (running.record.reply_to, *others) and len(others) < MAX_REPLIES:
+                others.append(record.reply_to)
         elif known.final_body is not None and known.final_sequence is not None and record.reply_to:
             body = seal(known.final_body, known.final_sequence, self._ctx.journal.epoch)
-            self._reply(record, body)
+            self._reply(record.reply_to, body, record.correlation_id)
+        return True
 
     def _conflict(self, arrival: _Arrival, record: OperationRecord) -> None:
         """Tell only the sender: the id's one final event belongs to the command that came first."""
@@ -236,7 +311,8 @@ class Dispatcher:
             rejected = OperationRejected(
                 operation_id=record.id, verb=record.verb, instance_id=record.instance_id, error=problem_of(error)
             )
-            self._reply(record, self._ctx.journal.event(rejected, subject=record.instance_id).body)
+            event = self._ctx.journal.event(rejected, subject=record.instance_id)
+            self._reply(record.reply_to, event.body, record.correlation_id)
         copy = Outgoing(
             exchange=routing.DEAD_EXCHANGE,
             routing_key=arrival.delivery.routing_key,
@@ -246,13 +322,13 @@ class Dispatcher:
         )
         self._bus.publish_soon(copy).add_done_callback(_log_failed_reply)
 
-    def _reply(self, record: OperationRecord, body: bytes) -> None:
+    def _reply(self, reply_to: str, body: bytes, correlation_id: str | None) -> None:
         message = Outgoing(
             exchange=routing.EVENTS_EXCHANGE,
-            routing_key=record.reply_to or "",
+            routing_key=reply_to,
             body=body,
-            message_id=f"reply-{record.id}",
-            correlation_id=record.correlation_id,
+            message_id=f"reply-{uuid.uuid4()}",
+            correlation_id=correlation_id,
         )
         # Unsent is harmless: whoever still waits sends the command again.
         self._bus.publish_soon(message).add_done_callback(_log_failed_reply)
@@ -265,14 +341,27 @@ def _log_failed_reply(future: asyncio.Future[None]) -> None:
 
 def _reply_to(delivery: Delivery) -> str | None:
     """Where the answer goes; an address that no queue can have is ignored."""
-    if delivery.reply_to and _REPLY_TO.match(delivery.reply_to):
+    if delivery.reply_to and _REPLY_TO.fullmatch(delivery.reply_to):
         return delivery.reply_to
     return None
+
+
+def _short(text: str | None) -> str | None:
+    """A text that can be stored and sent as an AMQP short string; any other is dropped."""
+    if text is None:
+        return None
+    try:
+        return text if len(text.encode()) <= 255 else None
+    except UnicodeEncodeError:
+        return None
 
 
 def _same_command(one: bytes, other: bytes) -> bool:
     """Whether two bodies ask for the same: `time`, `traceparent` and the like may differ between sendings."""
     if one == other:
         return True
-    a, b = parse_command(one), parse_command(other)
+    try:
+        a, b = parse_command(one), parse_command(other)
+    except Refused:
+        return False  # another version accepted the first; this one cannot read it
     return (a.type, a.subject, a.generation, a.data) == (b.type, b.subject, b.generation, b.data)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import structlog
 
 from agent.bus.base import Bus, Outgoing
-from agent.errors import ComputeError
+from agent.errors import ComputeError, Unavailable
 from agent.messages import routing
 from agent.messages.events import seal
 from agent.store.base import SequencedEvent, Store
@@ -50,7 +50,9 @@ class Outbox:
 
     def offer(self, events: Sequence[SequencedEvent]) -> None:
         """Take committed events. Those that do not fit in memory are read from the journal later."""
-        contiguous = self._loaded == self._newest
+        # Not contiguous: some of what lies between is still in the journal only, such as an event whose commit was
+        # given up by its waiter and applied all the same. Then these are read from there too, in their order.
+        contiguous = self._loaded >= self._newest and events[0].sequence == self._loaded + 1
         self._newest = max(self._newest, events[-1].sequence)
         if contiguous and len(self._waiting) + len(events) <= MEMORY_LIMIT:
             self._waiting.extend(events)
@@ -84,10 +86,17 @@ class Outbox:
 
     async def _refill(self) -> None:
         while not self._waiting and self._loaded < self._newest:
-            rows = await self._store.backlog(self._loaded, MEMORY_LIMIT)
+            newest = self._newest  # what is offered while we read may be missing from what we read
+            try:
+                rows = await self._store.backlog(self._loaded, MEMORY_LIMIT)
+            except Unavailable as exc:
+                log.warning("outbox.backlog_unreadable", error=exc.message)
+                await asyncio.sleep(self._retry_s)
+                continue
             self._waiting.extend(rows)
-            # What lies between the last row and the newest has been published by a former process.
-            self._loaded = rows[-1].sequence if len(rows) == MEMORY_LIMIT else self._newest
+            last = rows[-1].sequence if rows else 0
+            # What lies between the last row and the newest of then has been published by a former process.
+            self._loaded = last if len(rows) == MEMORY_LIMIT else max(newest, last)
 
     def _send(self) -> None:
         if self._failed or not self._bus.connected:
@@ -125,14 +134,16 @@ class Outbox:
     async def _back_off(self) -> None:
         """Wait until the broker is back, or a little where it is there and refused."""
         self._wake.clear()
-        if not self._closing:
+        if self._bus.connected:
+            await asyncio.sleep(self._retry_s)  # whatever is offered meanwhile would be refused as well
+        elif self._closing:
+            self._waiting.clear()
+        else:
             try:
-                async with asyncio.timeout(self._retry_s if self._bus.connected else 30):
+                async with asyncio.timeout(30):
                     await self._wake.wait()
             except TimeoutError:
                 pass
-        elif not self._bus.connected:
-            self._waiting.clear()
         self._failed = False
 
     def _outgoing(self, item: SequencedEvent) -> Outgoing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -16,45 +16,62 @@ from agent.store.base import Change, InstanceRecord
 log = structlog.get_logger("reconcile")
 
 
-async def reconcile(ctx: Context, runner: Runner, *, resync: bool) -> bool:
+async def reconcile(
+    ctx: Context, runner: Runner, *, resync: bool, needed: Callable[[], bool] = lambda: True
+) -> bool:
     """Re-read every domain, commit and publish the differences. `resync` marks events that follow a gap.
 
-    Instances with an operation under way are left to it. Returns False where the hypervisor cannot be asked.
+    Instances with an operation under way at any time meanwhile are left to it, and those about which something newer
+    was learned meanwhile stay as they are. One re-reading at a time; `needed` is asked when its turn has come.
+    Returns False where the hypervisor cannot be asked.
     """
-    busy_before = runner.busy_instances()
-    try:
-        domains = await ctx.executor.call("long", ctx.driver.recover, deadline_s=ctx.deadlines.long_s)
-    except ComputeError as exc:
-        log.warning("reconcile.failed", code=exc.code, error=exc.message)
-        return False
-    busy = busy_before | runner.busy_instances()
-    difference = _Difference(ctx, resync=resync)
-    found = {domain.id: domain for domain in domains}
-    for domain in domains:
-        if domain.id in busy:
-            continue
-        if domain.owned:
-            difference.owned(domain)
-    for record in ctx.instances.all():
-        if record.id not in found and record.id not in busy:
-            difference.missing(record)
-    difference.foreign([domain for domain in domains if not domain.owned and domain.id not in busy])
-    if difference.change.events or difference.change.instances:
-        await ctx.journal.commit(difference.change)
-        ctx.heartbeat_now()
-    return True
+    async with ctx.state.reconciling:
+        if not needed():
+            return True
+        with runner.watching() as busy:
+            before = {record.id: record for record in ctx.instances.all()}
+            try:
+                domains = await ctx.executor.call("long", ctx.driver.recover, deadline_s=ctx.deadlines.long_s)
+            except ComputeError as exc:
+                log.warning("reconcile.failed", code=exc.code, error=exc.message)
+                return False
+        if not ctx.state.connected.is_set():
+            return False  # lost again since: what was read is not to replace `unknown`
+        difference = _Difference(ctx, before, busy, resync=resync)
+        for domain in domains:
+            if domain.owned:
+                difference.owned(domain)
+        found = {domain.id for domain in domains}
+        for record in ctx.instances.all():
+            if record.id not in found:
+                difference.missing(record)
+        difference.foreign([domain for domain in domains if not domain.owned and domain.id not in busy])
+        if difference.change.events or difference.change.instances:
+            await ctx.journal.commit(difference.change)
+            ctx.heartbeat_now()
+        return True
 
 
 class _Difference:
     """Collects one pass's differences in one change."""
 
-    def __init__(self, ctx: Context, *, resync: bool) -> None:
+    def __init__(self, ctx: Context, before: Mapping[str, InstanceRecord], busy: set[str], *, resync: bool) -> None:
         self._ctx = ctx
+        self._before = before
+        self._busy = busy
         self._resync = resync
         self.change = Change()
 
+    def _overtaken(self, instance_id: str, record: InstanceRecord | None) -> bool:
+        """Whether something newer than what was read is known, or will be by an operation that reads back."""
+        if record is not None and record.observed == "unknown":
+            return False  # nobody has read it since the hypervisor was away: this is the best there is
+        return instance_id in self._busy or record is not self._before.get(instance_id)
+
     def owned(self, domain: DomainInfo) -> None:
         record = self._ctx.instances.find(domain.id)
+        if self._overtaken(domain.id, record):
+            return
         if record is None:
             self._adopt(domain)
             return
@@ -65,7 +82,7 @@ class _Difference:
 
     def missing(self, record: InstanceRecord) -> None:
         """The hypervisor answered and has no such domain."""
-        if record.reason == "missing":
+        if record.reason == "missing" or record.id in self._busy or self._overtaken(record.id, record):
             return
         self._drift(
             "missing-domain",

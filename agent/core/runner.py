@@ -116,7 +116,7 @@ class Runner:
                 self.retry_undo(record, command)
             else:
                 self.submit(record, command, resumed=True)
-        self._expected.clear()
+        self._expected -= {record.instance_id for record in records if record.instance_id}
         return len(records)
 
     def retry_undo(self, record: OperationRecord, command: Command[Any]) -> None:
@@ -201,7 +201,7 @@ class Runner:
             past = await self._ctx.journal.read(lambda: self._ctx.journal.store.steps(record.id)) if record.attempt else []
             operation = Operation(self._ctx, record, item.command, past)
             item.operation = operation
-            with structlog.contextvars.bound_contextvars(operation=record.id, instance=record.instance_id):
+            with structlog.contextvars.bound_contextvars(**_names(record, item.command)):
                 error, result = await self._attempt(item, route, operation)
                 await self._finish(item, operation, error, result)
         finally:
@@ -398,6 +398,16 @@ class Runner:
 def _log_untold(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.info("operation.announcement_not_sent", error=str(error))
+
+
+def _names(record: OperationRecord, command: Command[Any]) -> dict[str, str]:
+    """What every log line of an operation carries, down to the driver's threads."""
+    names = {"operation": record.id, "verb": record.verb}
+    if record.instance_id is not None:
+        names["instance"] = record.instance_id
+    if command.traceparent is not None:
+        names["trace_id"] = command.traceparent.split("-")[1]
+    return names
 
 
 def _error_of(record: OperationRecord) -> ComputeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from agent.core.context import now
@@ -40,14 +39,15 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
         return None
 
     async def undefine() -> None:
-        await op.mutate(driver.undefine, instance_id)
+        if await _is_ours(op):
+            await op.mutate(driver.undefine, instance_id)
 
     async def start() -> Json:
         await op.mutate(driver.start, instance_id)
         return None
 
     async def destroy() -> None:
-        with suppress(NotFound):  # an undo that was cut off had removed the definition already
+        if await _is_ours(op):
             await op.mutate(driver.destroy, instance_id)
 
     await op.step("claim", keep_claim, undo=lambda: _unclaim(op, data))
@@ -64,7 +64,11 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
 def _claim(op: Operation, data: InstanceCreate) -> None:
     """Check and claim without giving way to another create. The claim is committed with the first step."""
     ctx, spec, instance_id = op.ctx, data.spec, op.instance_id
-    if ctx.instances.find(instance_id) is not None:
+    known = ctx.instances.find(instance_id)
+    if known is not None and known.created_by == op.id:
+        op.stage(instance=known)  # claimed by a run that ended before its first step was committed
+        return
+    if known is not None or instance_id in ctx.state.foreign:
         raise AlreadyExists(f"an instance {instance_id} is on this host already", code="instance_exists")
     named = ctx.instances.named(spec.name) or next((d for d in ctx.state.foreign.values() if d.name == spec.name), None)
     if named is not None:
@@ -88,6 +92,17 @@ def _claim(op: Operation, data: InstanceCreate) -> None:
         updated_at=at,
     )
     op.stage(instance=ctx.instances.put(record))
+
+
+async def _is_ours(op: Operation) -> bool:
+    """Whether there is something of ours to undo: an undo that was cut off may have removed it, and what somebody else
+    defined under this id meanwhile is not to be touched.
+    """
+    try:
+        info = await op.query(op.ctx.driver.get, op.instance_id)
+    except NotFound:
+        return False
+    return info.owned
 
 
 async def _unclaim(op: Operation, data: InstanceCreate) -> None:

@@ -26,7 +26,10 @@ async def show(op: Operation, _data: InstanceShow) -> InstanceView:
     except NotFound:
         return instance_view(record)
     current = op.ctx.instances.find(op.instance_id)
-    return instance_view(settle(op, info) if current is not None else record, details)
+    if current is not record:
+        # Something newer was learned while we read; it must not be overwritten, and there is no turn of ours to wait for.
+        return instance_view(current or record, details)
+    return instance_view(settle(op, info), details)
 
 
 async def list_instances(op: Operation, data: InstanceList) -> InstanceListResult:

@@ -33,8 +33,8 @@ _REF: Final = "#/components/schemas/{model}"
 _ANNOUNCING: Final = ("operation.accepted", "operation.started", "operation.progress")
 _UNSUCCESSFUL: Final = ("operation.failed", "operation.rejected", "operation.cancelled", "operation.expired")
 _UNSEALED: Final = frozenset({HostHeartbeat.kind, "operation.rejected"})
-"""Events that come, or may come, without `sequence` and `epoch`: heartbeats, and the answer to a conflict, which
-goes to its sender only."""
+"""Events that come, or may come, without `sequence` and `epoch`: heartbeats, and the refusal of a command whose id is
+known already, which goes to its sender only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,9 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("disk_missing", errors.FailedPrecondition, "The instance's root disk is not there."),
     ErrorCode("disk_in_use", errors.FailedPrecondition, "Another process holds the lock of the disk."),
     ErrorCode("network_missing", errors.FailedPrecondition, "The libvirt network of a NIC does not exist."),
-    ErrorCode("host_network", errors.FailedPrecondition, "A device of the host's network is missing."),
+    ErrorCode("bridge_missing", errors.FailedPrecondition, "The bridge of a NIC does not exist on the host."),
+    ErrorCode("file_missing", errors.FailedPrecondition, "A file that the hypervisor needs does not exist."),
+    ErrorCode("file_access_denied", errors.FailedPrecondition, "The hypervisor may not open a file that it needs."),
     ErrorCode("resource_busy", errors.FailedPrecondition, "The hypervisor says that something the work needs is busy."),
     ErrorCode("operation_aborted", errors.FailedPrecondition, "The hypervisor's work was aborted from outside."),
     ErrorCode("hypervisor_access_denied", errors.FailedPrecondition, "The agent lacks rights at the hypervisor."),
@@ -138,6 +140,7 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("hypervisor_operation_failed", errors.Internal, "The hypervisor tried and failed."),
     ErrorCode("qemu_img_failed", errors.Internal, "qemu-img failed."),
     ErrorCode("storage_failed", errors.Internal, "An unexpected error of the file system."),
+    ErrorCode("journal_rejected", errors.Internal, "The journal can never take this change: a defect of the agent."),
     ErrorCode("internal", errors.Internal, "A defect of the agent; its log says more."),
 )
 """Every code that the `error` of a final event can have. Codes are never renamed; new ones may come."""

@@ -11,6 +11,7 @@ from agent.messages.types import (
     ImageFormat,
     Inbound,
     InterfaceName,
+    LongPattern,
     MacAddress,
     MemoryMib,
     Name,
@@ -18,7 +19,7 @@ from agent.messages.types import (
     Vcpus,
 )
 
-Url = Annotated[str, StringConstraints(pattern=r"^(https?|file)://[!-~]{1,2000}$")]
+Url = Annotated[str, LongPattern(r"^(https?|file)://[!-~]{1,2000}$")]
 """An image's address: http, https, or file with an absolute path; printable ASCII without spaces."""
 
 SeedText = Annotated[str, Field(max_length=64 * 1024)]
@@ -74,7 +75,7 @@ class UserNic(NicBase):
 
 Nic = Annotated[NetworkNic | BridgeNic | UserNic, Field(discriminator="type")]
 
-SshKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9@.-]{4,64} [A-Za-z0-9+/=]{16,16384}( [ -~]{0,256})?$")]
+SshKey = Annotated[str, LongPattern(r"^[a-z0-9@.-]{4,64} [A-Za-z0-9+/=]{16,16384}( [ -~]{0,256})?$")]
 
 
 class Seed(Inbound):

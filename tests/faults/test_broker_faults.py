@@ -47,6 +47,8 @@ async def all_succeed(world: World, agent: AgentProcess, ids: list[str], command
 
 @pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
 async def test_broker_away_during_work(world: World, agent: AgentProcess, broker: PrivateBroker, fault: str) -> None:
+    if fault == "kill":
+        await world.harden(agent)
     ids, commands = await send_creates(world, agent.host)
     await world.recorder.wait_for(
         agent.host, FINAL_KINDS, where=lambda _event: len(world.recorder.finals(agent.host)) >= 10
@@ -69,6 +71,7 @@ async def test_broker_away_during_work(world: World, agent: AgentProcess, broker
 
 async def test_broker_dies_with_commands_in_hand(world: World, agent: AgentProcess, broker: PrivateBroker) -> None:
     """Confirmed to the controller, perhaps delivered, perhaps acknowledged: what is delivered again has no effect."""
+    await world.harden(agent)
     ids, commands = await send_creates(world, agent.host)
     await asyncio.to_thread(broker.kill)
     await asyncio.to_thread(broker.start)
@@ -76,6 +79,7 @@ async def test_broker_dies_with_commands_in_hand(world: World, agent: AgentProce
 
 
 async def test_broker_and_agent_die_together(world: World, agent: AgentProcess, broker: PrivateBroker) -> None:
+    await world.harden(agent)
     ids, commands = await send_creates(world, agent.host, 20)
     await world.recorder.wait_final(agent.host, commands[0])
     await agent.kill()

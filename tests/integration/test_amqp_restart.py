@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """A real broker that restarts, dies, freezes, runs short of memory, or cuts and deletes things under the bus."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Logging in to a real broker: TLS, client certificates, and every way in which that can be refused."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The libvirt driver against a real libvirtd and real QEMU guests: what only this driver has to get right.
 
 The verbs' general behaviour is in the contract suite. Guests are emulated, so a boot takes some seconds.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Strategies for instance specs, shared by the tests of the libvirt driver's pure parts."""
 
 from __future__ import annotations

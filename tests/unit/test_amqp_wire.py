@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The hand-written frames against pamqp's, and the tap against every way in which a stream can be cut."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from xml.etree import ElementTree as ET

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Settings, states, events and host facts of the libvirt driver: its tables, without a hypervisor."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The bus on RabbitMQ.
 
 aiormq does the protocol's control side: login, heartbeats, channels, declarations. What happens per message

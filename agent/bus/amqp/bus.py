@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The bus on RabbitMQ: two connections, because an alarm of the broker blocks those that publish.
 
 Runs on the event loop's thread alone. See `agent.bus.base.Bus` for what each method promises.

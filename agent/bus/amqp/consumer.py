@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Consuming: one channel per consumer, deliveries straight to the callback, settlements in batches.
 
 Acknowledgements of one turn of the loop leave together: one frame for all up to the oldest unsettled

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Translates what aiormq, TLS and sockets raise, and waits for aiormq's answers with a limit.
 
 Channel errors (403, 404, 405, 406) stay aiormq's within this package: declaring reacts to them.
@@ -26,6 +24,7 @@ T = TypeVar("T")
 
 _NOT_ALLOWED = 530
 _ACCESS_REFUSED = 403
+_GONE = (AMQPError, ChannelInvalidStateError, OSError, RuntimeError)
 _CUT_SHORT = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
@@ -48,7 +47,10 @@ async def answer(request: Awaitable[T], timeout_s: float) -> T:
         raise Unavailable("The connection to the broker was lost.", code="bus_unavailable") from exc
     except AMQPChannelError:
         raise
-    except (AMQPError, ChannelInvalidStateError, OSError, RuntimeError) as exc:
+    except Exception as exc:
+        # A wait without a better reason is ended with a bare Exception.
+        if type(exc) is not Exception and not isinstance(exc, _GONE):
+            raise
         raise Unavailable("The connection to the broker was lost.", code="bus_unavailable") from exc
 
 

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Keeps one connection up for ever, and on it the parts that need one: publisher, topology, consumers.
 
 One task owns the reconnecting. A part that breaks alone (its channel was closed, its queue deleted) is opened

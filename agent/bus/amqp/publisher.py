@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The publishing channel: messages out in one write per turn of the loop, confirms back to futures.
 
 No task, lock or timer per message. Confirms name delivery tags; a returned message carries no tag, only its id.

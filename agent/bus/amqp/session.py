@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """One connection from its login to its end. It never reconnects: `link` makes another."""
 
 from __future__ import annotations

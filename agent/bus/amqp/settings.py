@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """How to reach and log in to a broker. Secrets stay in `SecretStr`; nothing here may be logged as text."""
 
 from __future__ import annotations

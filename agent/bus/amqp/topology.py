@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Declares a topology on throw-away channels: a refusal closes the channel it is asked on."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Sits between the socket and aiormq: takes the per-message frames out, leaves aiormq all others.
 
 aiormq accepts a transport factory, so nothing of it is patched. A channel that registered a `Sink` gets its

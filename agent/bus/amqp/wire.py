@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The AMQP 0-9-1 frames that occur per message, to and from bytes. Pure functions.
 
 Everything else of the protocol is aiormq's. Written out by hand because a generic codec takes most of the

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The bus within one process: RabbitMQ's behaviour for tests, demos and simulations, with faults on demand.
 
 `MemoryBroker` is the broker, `MemoryBus` a connection to it. Both belong to one event loop and start no task.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The in-process broker: exchanges, bindings, routing, connections, and the switches that make it fail."""
 
 from __future__ import annotations

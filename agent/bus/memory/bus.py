@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """A connection to the in-process broker; behaves as `agent.bus.amqp.AmqpBus` does on RabbitMQ."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """One queue of the in-process broker: what is ready, who consumes, what is out, and where rejects go.
 
 Follows RabbitMQ's quorum queues: what comes back is served first, and counts its deliveries.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The libvirt driver: QEMU/KVM guests, and libvirt's own simulated hypervisor for tests.
 
 The package can be imported without the binding; constructing `LibvirtDriver` then raises `LibvirtMissing`.

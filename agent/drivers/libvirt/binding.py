@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The one place that imports the libvirt binding, which is an optional extra and has no types."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """What the host has: from libvirt's capabilities document, read once per connection, and from a few cheap facts.
 
 Also the proof that KVM works. /dev/kvm alone proves nothing: inside a virtual machine without nested

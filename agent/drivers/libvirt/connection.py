@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The link to the hypervisor: one connection for events, watched and reopened, and one per worker thread for calls.
 
 A thread of our own reconnects, with growing, jittered pauses; libvirt's callbacks only set flags and wake it. While

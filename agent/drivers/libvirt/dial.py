@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Opens libvirt connections with a limit, and gives each worker thread one of its own.
 
 libvirt's `open` cannot be cancelled: a frozen daemon accepts the socket and never answers. So it runs in a thread

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Reads domains: finding them, their definition and their state.
 
 Only calls that libvirtd answers without asking QEMU are used here, so that a frozen QEMU holds up neither a

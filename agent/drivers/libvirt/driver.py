@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The libvirt driver: the verbs of the driver contract.
 
 Each verb looks up the domain anew, checks that it is ours, and looks before it acts. When libvirt refuses, the

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Translates libvirt's errors into the agent's, in one table.
 
 The code decides, and, where libvirt has only a general code for a cause that a person can act on, a phrase of the

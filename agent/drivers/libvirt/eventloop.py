@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The process's one libvirt event loop: a daemon thread that runs for ever.
 
 libvirt allows one event loop implementation per process; it must be registered before the first connection is

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """libvirt's domain events: registration, and translation into the driver's typed events.
 
 Callbacks run on the event loop's thread. They copy plain values, hand over and return; they make no call to the

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The hypervisor as a whole: what it is, what it can do and what it has.
 
 What cannot change while a connection lasts is read once per epoch of the link.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Our element in a domain's metadata: ownership marker, generation and spec.
 
 The spec travels as JSON with only printable ASCII, because XML has no way to carry control characters. What

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """First-boot data for cloud-init as an ISO image: NoCloud (`cidata`) or config-drive (`config-2`).
 
 Files hold JSON, which is also YAML, so that no value can change the structure. User data is passed byte for byte.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The settings of the libvirt driver (`[driver.libvirt]` of the configuration)."""
 
 from __future__ import annotations

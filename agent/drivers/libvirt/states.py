@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """What libvirt's states and lifecycle events mean in the agent's words. Pure tables, no calls.
 
 Names stand for constants, so that a binding that is older than a name only lacks that row.

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Files of instances: the root disk, the seed ISO and the console log, all in one folder per instance.
 
 A file gets its final name only when it is complete, so what has that name is kept by a repeated call. qemu-img is

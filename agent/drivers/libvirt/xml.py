@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Domain XML, built from an instance's spec. Nothing is pasted: every value goes through ElementTree."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The worlds of the bus contract, the in-process broker and a private RabbitMQ node, and what its tests share."""
 
 from __future__ import annotations

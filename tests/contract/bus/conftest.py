@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """Fixtures of the bus contract: every test runs on both brokers and both event loops."""
 
 from __future__ import annotations

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The bus contract: connections, consumers and queues over their life. Losses, hand-overs, declarations."""
 
 from __future__ import annotations
@@ -245,15 +243,22 @@ async def test_nothing_is_lost_over_a_restart(world: World, names: Names) -> Non
 async def test_a_deleted_queue_is_made_anew_and_consumed(world: World, names: Names) -> None:
     bus = await world.bus()
     await bus.declare(names.topology(single_active=True))
-    inbox = Inbox(ack)
+    inbox = Inbox()
     subscription = await bus.consume(names.queue, inbox, prefetch=10)
+    states = States(bus)
+    await bus.publish(names.command(b"lost with its queue"))
+    lost = await inbox.one()
     await world.delete_queue(names.queue)
     async with asyncio.timeout(20):
         while not (subscription.active and await bus.queue_depth(names.queue) == 0):
             await asyncio.sleep(0.01)
     # By its routing key, so the bindings are back too.
     await bus.publish(names.command(b"anew"))
-    assert (await inbox.one()).body == b"anew"
+    lost.ack()  # has no effect, in particular none on the connection
+    assert (await inbox.count(2))[1].body == b"anew"
+    inbox.all[1].ack()
+    await depth_becomes(bus, names.queue, 0)
+    assert states.seen == []
 
 
 async def test_declaring_twice_and_with_other_arguments_uses_what_exists(world: World, names: Names) -> None:
@@ -330,4 +335,5 @@ async def test_closing_ends_a_request_in_progress(world: World, names: Names, tu
     await bus.close()
     async with asyncio.timeout(5):
         outcomes = await requests
-    assert all(outcome is None or isinstance(outcome, int | Unavailable | Unroutable) for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome is None or isinstance(outcome, int | Unavailable | Unroutable), repr(outcome)

@@ -1,5 +1,3 @@
-# Copyright 2025 The compute-agent authors
-# SPDX-License-Identifier: Apache-2.0
 """The bus contract: what happens to messages. Routing, settling, dead letters, confirms."""
 
 from __future__ import annotations
