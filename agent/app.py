@@ -150,7 +150,7 @@ class Agent:
 
     def _start_chores(self) -> None:
         periodic = self.settings.periodic
-        chores = Chores(self.ctx, self._runner, self._outbox, keep_operations_s=periodic.keep_operations_s)
+        chores = Chores(self.ctx, self._runner, self._outbox, self._lanes, keep_operations_s=periodic.keep_operations_s)
         self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
         self._own("prune", every("prune", periodic.prune_s, chores.prune))
         self._own("requests", every("requests", periodic.requests_s, chores.requests))

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 
-from agent import __version__
+from agent import __version__, lean  # noqa: F401 - before whatever imports structlog
 from agent.errors import ComputeError
 from agent.journal_tool import journal
 
@@ -89,6 +88,8 @@ def _run_loop(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def _serve(settings: Any, path: Path) -> None:
+    import structlog  # noqa: PLC0415
+
     from agent import config, log  # noqa: PLC0415
     from agent.app import Agent  # noqa: PLC0415
     from agent.bus.amqp import AmqpBus  # noqa: PLC0415

@@ -235,20 +235,20 @@ def document() -> str:
                 lines.append(f"# {item.description}")
             lines.append(_documented(key, item))
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def _documented(key: str, item: Any) -> str:
     if item.is_required():
         return f'{key} = ""  # needed'
-    default = item.get_default(call_default_factory=key != "host")
-    return f"# {key} = {_toml(default)}"
+    if key == "host":
+        return "# host = ...  # default: this machine's host name"
+    default = item.get_default(call_default_factory=True)
+    return f"# {key} = ...  # not set" if default is None else f"# {key} = {_toml(default)}"
 
 
 def _toml(value: Any) -> str:
     match value:
-        case None:
-            return '""  # not set'
         case bool():
             return "true" if value else "false"
         case int() | float():

@@ -125,7 +125,8 @@ class HypervisorEvents:
                 info = None
                 if before is None:
                     return  # the last words of a domain that is gone
-                if instance_id not in self._runner.busy_instances():
+                unchanged = self._ctx.instances.find(instance_id) is before
+                if unchanged and instance_id not in self._runner.busy_instances():
                     await reconcile(self._ctx, self._runner, resync=False)
                     return
             except ComputeError as exc:

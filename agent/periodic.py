@@ -15,6 +15,7 @@ import structlog
 from agent import metrics
 from agent.bus.base import Bus, Outgoing
 from agent.core.context import Context, now
+from agent.core.lanes import Lanes
 from agent.core.outbox import Outbox
 from agent.core.reconcile import reconcile
 from agent.core.runner import Runner
@@ -154,8 +155,11 @@ def _retrieve(reading: asyncio.Task[HostCapacity]) -> None:
 class Chores:
     """The other periodic tasks."""
 
-    def __init__(self, ctx: Context, runner: Runner, outbox: Outbox, *, keep_operations_s: float) -> None:
+    def __init__(
+        self, ctx: Context, runner: Runner, outbox: Outbox, lanes: Lanes, *, keep_operations_s: float
+    ) -> None:
         self._ctx = ctx
+        self._lanes = lanes
         self._runner = runner
         self._outbox = outbox
         self._keep = timedelta(seconds=keep_operations_s)
@@ -180,6 +184,7 @@ class Chores:
     async def gauges(self) -> None:
         """Set the gauges that nobody sets where things happen."""
         metrics.OUTBOX_WAITING.set(self._outbox.waiting)
+        metrics.LANES_BUSY.set(self._lanes.busy)
         metrics.STUCK_THREADS.set(self._ctx.executor.stuck)
         counts = self._ctx.instances.counts()
         for state in ("running", "paused", "suspended", "stopped", "crashed", "unknown"):

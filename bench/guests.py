@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import subprocess
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import aio_pika
 import libvirt
+import uvloop
 
 from agent.bus.amqp import AmqpBus, AmqpSettings
 from agent.controller import ComputeClient
@@ -22,7 +24,6 @@ from agent.drivers.base import DriverContext
 from agent.drivers.libvirt import LibvirtDriver, xml
 from agent.messages import routing
 from agent.messages.commands import InstanceCreate, InstanceDelete, InstancePause
-from agent.messages.events import Event, parse_event
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk
 from bench.servers import AGENT_HOST
 
@@ -30,6 +31,10 @@ T = TypeVar("T")
 LIMIT_S = 120.0
 GUEST_MIB = 32
 DISK_MIB = 64
+OVERCOMMIT = "[capacity]\ncpu_allocation_ratio = 64.0"
+"""For hosts that are smaller than what is asked of them here."""
+AGENT_MODULES = ("agent.cli", "agent.config", "agent.app", "agent.bus.amqp", "agent.drivers.fake", "agent.drivers.libvirt")
+"""All that `compute-agent run` loads before it is ready."""
 
 
 def base_image(directory: Path) -> ImageSource:
@@ -98,14 +103,6 @@ async def side_by_side(work: Iterable[Awaitable[T]], at_once: int) -> list[T]:
     return list(await asyncio.gather(*(one(item) for item in work)))
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """An event, and when it reached us (`time.perf_counter`)."""
-
-    at: float
-    event: Event
-
-
 class Watch:
     """A consumer of events of some kinds: what a scheduler or an inventory would be. An async context manager."""
 
@@ -114,7 +111,7 @@ class Watch:
         self._kinds = kinds
         self._arrived: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
-    async def __aenter__(self) -> Watch:
+    async def __aenter__(self) -> Self:
         self._connection = await aio_pika.connect(self._url)
         channel = await self._connection.channel()
         exchange = await channel.declare_exchange(routing.EVENTS_EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
@@ -130,21 +127,18 @@ class Watch:
     async def _take(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
         self._arrived.put_nowait((time.perf_counter(), message.body))
 
-    def drop(self) -> int:
-        """Forget what has arrived; how much it was."""
-        count = self._arrived.qsize()
-        while not self._arrived.empty():
-            self._arrived.get_nowait()
-        return count
-
-    async def next(self, timeout_s: float = LIMIT_S, *, wanted: Callable[[Event], bool] = lambda _event: True) -> Seen:
-        """The next event that is wanted."""
-        async with asyncio.timeout(timeout_s):
+    async def next(self, wanted: Callable[[bytes], bool] = lambda _body: True) -> tuple[float, bytes]:
+        """The next event whose body is wanted, and when it reached us (`time.perf_counter`)."""
+        async with asyncio.timeout(LIMIT_S):
             while True:
                 at, body = await self._arrived.get()
-                event = parse_event(body)
-                if wanted(event):
-                    return Seen(at, event)
+                if wanted(body):
+                    return at, body
+
+    async def about(self, instance_ids: Collection[str]) -> tuple[str, float]:
+        """The next event about one of these instances: which, and when it came."""
+        at, body = await self.next(lambda body: any(key.encode() in body for key in instance_ids))
+        return next(key for key in instance_ids if key.encode() in body), at
 
 
 class ByHand:
@@ -195,8 +189,19 @@ class ByHand:
         self._driver.delete_storage(instance_id)
 
 
+def installed(directory: Path) -> dict[str, str]:
+    """Environment for an agent whose modules are compiled, as those of an installed one are; makes them so."""
+    env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(directory / "pycache")}
+    subprocess.run([sys.executable, "-c", f"import {', '.join(AGENT_MODULES)}"], check=True, env={**os.environ, **env})
+    return env
+
+
+def cpu_ms(pid: int) -> float:
+    """Milliseconds on a CPU of all threads that a process has now: finer than the clock ticks of /proc/PID/stat."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop, as the agent does."""
-    import uvloop
-
     return uvloop.run(work)

@@ -33,7 +33,7 @@ class Client:
     def __init__(self, url: str) -> None:
         self._url = url
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        self._name = f"bench.reply.{uuid.uuid4()}"
+        self._name = f"compute.reply.bench-{uuid.uuid4()}"
 
     async def __aenter__(self) -> Client:
         self._connection = await aio_pika.connect(self._url)

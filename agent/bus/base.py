@@ -149,11 +149,18 @@ class Bus(Protocol):
         is used as it is, provided that it exists: otherwise `FailedPrecondition` names it. `Unavailable` retries.
         """
 
+    async def retract(self, topology: Topology) -> None:
+        """Take back a topology that was declared with the same value: its non-durable queues go at once.
+
+        Durable things stay; they belong to everybody. Idempotent; while disconnected there is nothing to do.
+        """
+
     async def publish(self, message: Outgoing, *, timeout_s: float = 10.0) -> None:
         """Publish and await the broker's confirm.
 
         Raises `Unroutable` (mandatory only), `Unavailable` (not connected, nacked, or outcome unknown: publish
-        again, readers drop repeats by id), `DeadlineExceeded`.
+        again, readers drop repeats by id), `DeadlineExceeded`, and `FailedPrecondition` where the exchange does not
+        exist or the login may not write to it (codes `bus_no_exchange`, `bus_write_refused`).
         """
 
     def publish_soon(self, message: Outgoing, *, timeout_s: float = 10.0) -> asyncio.Future[None]:

@@ -105,7 +105,8 @@ class EventStream:
     def __init__(self, bus: Bus, name: str, *, kinds: Sequence[str], host: str | None, instance_id: str | None) -> None:
         self._bus = bus
         self._name = name
-        self._patterns = binding_patterns(kinds, host)
+        bindings = (Binding(routing.EVENTS_EXCHANGE, pattern, name) for pattern in binding_patterns(kinds, host))
+        self._topology = Topology(queues=(Queue(name, durable=False),), bindings=tuple(bindings))
         self._complete = not kinds
         self._instance_id = instance_id
         self._arrived: asyncio.Queue[Delivery | Gap | None] = asyncio.Queue()
@@ -117,8 +118,7 @@ class EventStream:
 
     async def __aenter__(self) -> Self:
         """Bind and consume. Raises `Unavailable` (retry) and `FailedPrecondition` (no exchange or right)."""
-        bindings = tuple(Binding(routing.EVENTS_EXCHANGE, pattern, self._name) for pattern in self._patterns)
-        await self._bus.declare(Topology(queues=(Queue(self._name, durable=False),), bindings=bindings))
+        await self._bus.declare(self._topology)
         self._subscription = await self._bus.consume(self._name, self._arrived.put_nowait, prefetch=PREFETCH)
         return self
 
@@ -126,13 +126,14 @@ class EventStream:
         await self.close()
 
     async def close(self) -> None:
-        """Stop; a waiting reader sees the end. The queue goes with the bus's connection. Idempotent."""
+        """Stop, and delete the queue; a waiting reader sees the end. Idempotent."""
         if not self._ended:
             self._ended = True
             self._arrived.put_nowait(None)
         if self._subscription is not None:
             subscription, self._subscription = self._subscription, None
             await subscription.cancel()
+            await self._bus.retract(self._topology)
 
     @property
     def ended(self) -> bool:
@@ -182,6 +183,8 @@ class EventStream:
     def _take(self, delivery: Delivery) -> Event | None:
         """Settle a delivery and read it; None for a repeat and for what is no event."""
         delivery.ack()
+        if delivery.routing_key.startswith(routing.REPLY_PREFIX):
+            return None  # an answer to one controller alone, which a pattern for all events matches too
         try:
             event = parse_event(delivery.body)
         except ValidationError as exc:

@@ -30,7 +30,7 @@ log = structlog.get_logger("dispatch")
 BATCH_LIMIT = 256
 MAX_REPLIES = 16
 """Addresses one answer goes to: with more, its headers would outgrow a frame and nothing could be published."""
-_REPLY_TO = re.compile(r"[!-~]{1,255}")
+_REPLY_TO = re.compile(rf"{re.escape(routing.REPLY_PREFIX)}[!-~]{{1,200}}")
 
 
 @dataclass(slots=True)
@@ -142,7 +142,8 @@ class Dispatcher:
             if route.inline is not None:
                 result = route.inline(self._ctx, command)
                 record.state = "succeeded"
-                self._end(record, command, change, None, result.model_dump(mode="json") if result is not None else {})
+                body = result.model_dump(mode="json", exclude_none=True) if result is not None else {}
+                self._end(record, command, change, None, body)
         except ComputeError as exc:
             change = Change()
             record.state = state_of(exc, begun=False)
@@ -340,7 +341,8 @@ def _log_failed_reply(future: asyncio.Future[None]) -> None:
 
 
 def _reply_to(delivery: Delivery) -> str | None:
-    """Where the answer goes; an address that no queue can have is ignored."""
+    """Where the answer goes. Any other address than the contract's is ignored: an answer travels on the events
+    exchange, and one that the broker refuses there would hold up all that follow."""
     if delivery.reply_to and _REPLY_TO.fullmatch(delivery.reply_to):
         return delivery.reply_to
     return None

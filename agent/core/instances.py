@@ -86,7 +86,7 @@ class Instances:
         return record
 
     def state_event(self, record: InstanceRecord, *, previous: PowerState | None, resync: bool = False) -> InstanceState:
-        """Describe an instance's state for publishing."""
+        """Describe an instance's state for publishing. What follows `unknown` follows a gap, whoever read it first."""
         return InstanceState(
             instance_id=record.id,
             name=record.name,
@@ -95,7 +95,7 @@ class Instances:
             previous=previous,
             reason=record.reason,
             generation=record.generation,
-            resync=resync,
+            resync=resync or previous == "unknown",
         )
 
     async def wait_observed(self, instance_id: str, wanted: frozenset[PowerState], timeout_s: float) -> PowerState:

@@ -69,11 +69,11 @@ class Outbox:
         self._bus.on_state(lambda _connected: self._wake.set())
         while True:
             await self._refill()
-            self._send()
-            self._settle()
+            self._settle()  # first: after a loss nothing later may go out before what is to be repeated
             if self._failed and not self._in_flight:
                 await self._back_off()
                 continue
+            self._send()
             if self._closing and not (self._waiting and self._bus.connected) and not self._in_flight:
                 return
             await self._wake.wait()  # no limit: woken by an offer, a confirm, the broker's state, or close

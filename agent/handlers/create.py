@@ -8,7 +8,7 @@ from agent.core.context import now
 from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.drivers.base import PreparedImage
-from agent.errors import AlreadyExists, NotFound
+from agent.errors import AlreadyExists, Cancelled, NotFound
 from agent.handlers.observe import read_back
 from agent.handlers.view import instance_view
 from agent.messages.commands import InstanceCreate
@@ -57,6 +57,9 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
     if data.start:
         await op.step("start", start, undo=destroy)
     record = await read_back(op, reason="created")
+    if op.record.cancel_requested:
+        # It came while the last step ran, and was promised: there is no next step that would look for it.
+        raise Cancelled("the operation was cancelled")
     op.ctx.heartbeat_now()
     return instance_view(record)
 

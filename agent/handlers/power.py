@@ -48,9 +48,10 @@ async def start(op: Operation, _data: InstanceStart) -> PowerResult:
 async def stop(op: Operation, data: InstanceStop) -> PowerResult:
     """Shut the guest down, or end it when it does not obey in time."""
     info = await _present(op)
-    if info.power in DOWN and not op.begun:
-        settle(op, info, desired="stopped")
-        return _result(op, changed=False)
+    if info.power in DOWN:
+        settle(op, info, desired="stopped")  # taken up after a restart: the event of its end may have been missed
+        if not op.begun:
+            return _result(op, changed=False)
     require(
         data.force or info.power != "paused" or op.begun,
         "a paused guest cannot shut down; resume it first, or stop it with force",

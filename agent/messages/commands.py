@@ -207,7 +207,8 @@ def _envelope(data: type[CommandData]) -> Any:
         fields["subject"] = InstanceId
     name = f"{data.__name__}Command"
     namespace: dict[str, Any] = {"__annotations__": fields, "__module__": __name__, "__doc__": data.__doc__}
-    return type(name, (Command[data],), namespace)  # type: ignore[valid-type]
+    # Not of `Command[data]`: pydantic would build, and keep, a second model for each command.
+    return type(name, (Command,), namespace)
 
 
 ENVELOPES: dict[str, Any] = {type_of(data.verb): _envelope(data) for data in COMMANDS}

@@ -8,6 +8,8 @@ EVENTS_EXCHANGE = "compute.events"
 DEAD_EXCHANGE = "compute.dead"
 DEAD_QUEUE = "compute.dead-letters"
 UNROUTABLE_QUEUE = "compute.unroutable-commands"
+REPLY_PREFIX = "compute.reply."
+"""A reply queue's name begins so, and it is bound to the events exchange by its own name."""
 BROADCAST = "all"
 
 CONTENT_TYPE = "application/cloudevents+json"

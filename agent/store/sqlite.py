@@ -41,6 +41,10 @@ LAZY_FLUSH_S = 0.5
 """Confirmed events are forgotten with the next commit, or after this long without one."""
 
 
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"})
+"""The second is what opening says on a full disk, where the WAL's index cannot be made."""
+
+
 class _Job:
     """Work for the store's thread: a function on the connection, and where its result goes."""
 
@@ -264,6 +268,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     target = f"{path.resolve().as_uri()}{'?mode=ro' if read_only else ''}"
     db = sqlite3.connect(target, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
     if not read_only:
+        path.chmod(0o600)  # commands hold first-boot data; SQLite gives its -wal and -shm the same mode
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA wal_autocheckpoint=2000")
@@ -362,7 +367,8 @@ _NEVER = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, s
 def _translate(exc: Exception) -> ComputeError:
     if isinstance(exc, ComputeError):
         return exc
-    full = isinstance(exc, sqlite3.OperationalError) and "full" in str(exc)
+    named = getattr(exc, "sqlite_errorname", "") in _FULL
+    full = named or (isinstance(exc, sqlite3.OperationalError) and "full" in str(exc))
     error: ComputeError
     if full:
         error = Unavailable("no space is left for the journal: free space in state_dir", code="journal_full")

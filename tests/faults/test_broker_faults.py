@@ -25,7 +25,7 @@ async def agent(world: World) -> AgentProcess:
 
 async def send_creates(world: World, host: str, count: int = COUNT) -> tuple[list[str], list[str]]:
     ids = [str(uuid.uuid4()) for _ in range(count)]
-    commands = await asyncio.gather(*(world.send(host, InstanceCreate(spec=spec(id)), id) for id in ids))
+    commands = await asyncio.gather(*(world.send(host, InstanceCreate(spec=spec(instance)), instance) for instance in ids))
     return ids, list(commands)
 
 
@@ -116,14 +116,16 @@ async def test_controller_hears_every_answer_over_a_restart(
     """The client asks again for answers that were lost with its queue; the agent repeats them from its journal."""
     ids = [str(uuid.uuid4()) for _ in range(COUNT)]
 
-    async def create(id: str) -> str:
-        data = InstanceCreate(spec=spec(id))
-        answer = await world.client.call(data, host=agent.host, id=f"create-{id}", instance_id=id, timeout_s=60, resend_after_s=2)
+    async def create(instance: str) -> str:
+        answer = await world.client.call(
+            InstanceCreate(spec=spec(instance)), host=agent.host, id=f"create-{instance}", instance_id=instance,
+            timeout_s=60, resend_after_s=2,
+        )  # fmt: skip
         return str(answer.instance_id)
 
-    calls = [asyncio.create_task(create(id)) for id in ids]
+    calls = [asyncio.create_task(create(instance)) for instance in ids]
     await done(agent, 5)
     await asyncio.to_thread(broker.restart)
     assert await asyncio.gather(*calls) == ids
     await world.succeed(agent.host, HostPing())
-    await all_succeed(world, agent, ids, [f"create-{id}" for id in ids])
+    await all_succeed(world, agent, ids, [f"create-{instance}" for instance in ids])

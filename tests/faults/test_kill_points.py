@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,8 +62,8 @@ class Bench:
 
 
 @pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.qemu)])
-def hypervisor(request: pytest.FixtureRequest) -> Iterator[PrivateLibvirtd | None]:
-    yield None if request.param == "fake" else request.getfixturevalue("libvirtd")
+def hypervisor(request: pytest.FixtureRequest) -> PrivateLibvirtd | None:
+    return None if request.param == "fake" else request.getfixturevalue("libvirtd")
 
 
 @pytest.fixture
@@ -179,8 +178,8 @@ async def test_killed_at_any_moment(world: World) -> None:
     agent = await world.fake_agent(driver_settings={"latency_s": {"default": 0.02}})
     await agent.start()
     ids = [str(uuid.uuid4()) for _ in range(30)]
-    creates = [await world.send(agent.host, InstanceCreate(spec=spec(id)), id) for id in ids]
-    deletes = [await world.send(agent.host, InstanceDelete(), id) for id in ids[::2]]
+    creates = [await world.send(agent.host, InstanceCreate(spec=spec(instance)), instance) for instance in ids]
+    deletes = [await world.send(agent.host, InstanceDelete(), instance) for instance in ids[::2]]
     for done in (5, 15, 25):
         await world.recorder.wait_for(
             agent.host, "operation.succeeded",

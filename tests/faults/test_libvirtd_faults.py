@@ -97,7 +97,7 @@ async def test_libvirtd_restarts_during_creates(
     agent = await world.libvirt_agent(libvirtd)
     await agent.start()
     ids = [str(uuid.uuid4()) for _ in range(8)]
-    commands = [await world.send(agent.host, InstanceCreate(spec=spec(id)), id) for id in ids]
+    commands = [await world.send(agent.host, InstanceCreate(spec=spec(instance)), instance) for instance in ids]
     await world.recorder.wait_final(agent.host, commands[0])
     mark = world.recorder.mark
     await asyncio.to_thread(libvirtd.restart_daemon, kill)
@@ -106,10 +106,10 @@ async def test_libvirtd_restarts_during_creates(
     )
     finals = await world.recorder.wait_finals(agent.host, commands)
     made = []
-    for id, command in zip(ids, commands, strict=True):
+    for instance, command in zip(ids, commands, strict=True):
         final = finals[command]
         if final.kind == "operation.succeeded":
-            made.append(id)
+            made.append(instance)
             continue
         # Taken back as a whole, if need be a little later.
         assert final.kind == "operation.failed", describe(final)
@@ -117,8 +117,8 @@ async def test_libvirtd_restarts_during_creates(
             await agent.wait_log("operation.undo_finished", operation=command)
     assert len(made) >= len(ids) - 1, [describe(event) for event in finals.values()]
     await world.judge(agent, made, libvirtd)
-    for id in made:
-        await world.succeed(agent.host, InstanceDelete(), id)
+    for instance in made:
+        await world.succeed(agent.host, InstanceDelete(), instance)
     await world.judge(agent, [], libvirtd)
 
 

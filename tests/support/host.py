@@ -81,6 +81,6 @@ def _workers(state_dir: Path) -> list[tuple[int, str]]:
     for pid in all_pids():
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            if os.path.basename(words[0]) == "qemu-img" and any(str(state_dir) in word for word in words):
+            if Path(words[0]).name == "qemu-img" and any(str(state_dir) in word for word in words):
                 found.append((pid, " ".join(words)))
     return found

@@ -112,7 +112,8 @@ class Recorder:
                             return event
                     await changed.wait()
         except TimeoutError:
-            tail = "\n".join(describe(event) for event in self.events(host)[-25:])
+            told = [event for event in self.events(host) if event.kind != HostHeartbeat.kind]
+            tail = "\n".join(map(describe, told[-25:]))
             raise AssertionError(f"no {'/'.join(sorted(kinds))} of {host} within {timeout_s:g} s; last:\n{tail}") from None
 
     async def wait_final(self, host: str, operation_id: str, *, timeout_s: float = 30.0) -> Event:
@@ -126,7 +127,8 @@ class Recorder:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         return {
-            id: await self.wait_final(host, id, timeout_s=max(0.01, deadline - loop.time())) for id in operation_ids
+            each: await self.wait_final(host, each, timeout_s=max(0.01, deadline - loop.time()))
+            for each in operation_ids
         }
 
     async def heartbeat(self, host: str, *, timeout_s: float = 10.0, where: Callable[[HostHeartbeat], bool]) -> HostHeartbeat:

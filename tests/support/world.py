@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +24,7 @@ from agent.config import Settings
 from agent.controller.client import ComputeClient
 from agent.controller.envelope import render_command
 from agent.drivers.fake import FakeDriver
-from agent.errors import ComputeError
+from agent.errors import ComputeError, NotFound
 from agent.messages import routing
 from agent.messages.commands import CommandData, InstanceCreate
 from agent.messages.events import FINAL_STATES, Event, OperationSucceeded, parse_event
@@ -194,10 +195,15 @@ class World:
         self.dead.append(delivery)
 
     def of(self, operation_id: str) -> list[Event]:
-        """Events of one operation, repeats dropped, in order of their arrival."""
+        """Events of one operation, repeats dropped, in order of their arrival.
+
+        Without those that were told to one sender only: they have no place in the host's sequence.
+        """
         found: dict[str, Event] = {}
         for event in self.events:
-            if event.kind.startswith("operation.") and event.data.get("operation_id") == operation_id:
+            if event.sequence is None or not event.kind.startswith("operation."):
+                continue
+            if event.data.get("operation_id") == operation_id:
                 found.setdefault(event.id, event)
         return list(found.values())
 
@@ -214,14 +220,19 @@ class World:
         await until(lambda: self.finals(operation_id), limit_s)
         return self.finals(operation_id)[0]
 
-    async def quiet(self) -> None:
-        """Wait until the agent has nothing in hand and everything is published."""
+    async def quiet(self, *, operations: int = 0) -> None:
+        """Wait until the agent has nothing in hand, but so many operations, and everything is published."""
         agent = self.agent
+        # The hypervisor hands its events over one after the other: behind this one there are none of before.
+        delivered = threading.Event()
+        self.driver._hypervisor.timers.post(delivered.set)
+        await until(lambda: delivered.is_set() or not self.driver._open)
+        await asyncio.sleep(0)
         await until(
-            lambda: not agent._runner.in_flight
-            and not agent._lanes.busy
+            lambda: agent._runner.in_flight <= operations
+            and agent._lanes.busy <= operations
             and not agent._outbox.waiting
-            and not agent._events._hints
+            and not agent._events._tasks
             and not agent._events._arrived
             and not agent._dispatcher._arrived
             and not self.broker.depth(routing.host_queue(HOST))
@@ -239,6 +250,17 @@ class World:
         """Nothing lost, nothing skipped, no later one before an earlier one."""
         numbers = self.sequences()
         assert numbers == list(range(1, len(numbers) + 1)), numbers
+
+    async def ask(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call the simulated hypervisor from a thread, since its calls block."""
+        return await asyncio.to_thread(call, *args)
+
+    async def power(self, instance_id: str) -> str:
+        """What the hypervisor says about a domain's power; `gone` if it has none."""
+        try:
+            return str((await self.ask(self.driver.get, instance_id)).power)
+        except NotFound:
+            return "gone"
 
     def owned_files(self) -> list[str]:
         """Domains and instance folders in the hypervisor's files."""
@@ -315,7 +337,7 @@ async def refusal(work: Awaitable[OperationSucceeded]) -> ComputeError:
     raise AssertionError("unreachable")
 
 
-def command(verb: str, data: dict[str, Any] | None = None, **changes: Any) -> bytes:
+def command(verb: str, data: dict[str, Any] | None = None, /, **changes: Any) -> bytes:
     """A command's body, with anything in it."""
     envelope: dict[str, Any] = {
         "specversion": "1.0",

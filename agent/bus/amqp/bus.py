@@ -6,6 +6,7 @@ Runs on the event loop's thread alone. See `agent.bus.base.Bus` for what each me
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -105,6 +106,12 @@ class AmqpBus:
     async def declare(self, topology: Topology) -> None:
         await topologies.declare(self._consuming.live_session(), topology)
         self._declarations.keep(topology)
+
+    async def retract(self, topology: Topology) -> None:
+        self._declarations.forget(topology)
+        if self._consuming.up:
+            with contextlib.suppress(Unavailable):
+                await topologies.retract(self._consuming.live_session(), topology)
 
     async def publish(self, message: Outgoing, *, timeout_s: float = 10.0) -> None:
         await self._publisher.send(message, timeout_s)

@@ -22,16 +22,16 @@ class AmqpSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    url: SecretStr
-    auth: Literal["PLAIN", "EXTERNAL"] | None = None
-    cafile: Path | None = None
-    certfile: Path | None = None
-    keyfile: Path | None = None
-    heartbeat_s: int = Field(default=10, ge=1, le=600)
-    connect_timeout_s: float = Field(default=10.0, gt=0)
-    answer_timeout_s: float = Field(default=10.0, gt=0)
-    reconnect_min_s: float = Field(default=5.0, ge=0)
-    reconnect_max_s: float = Field(default=10.0, ge=0)
+    url: SecretStr = Field(description="amqp://user:password@host/vhost, or amqps://.")
+    auth: Literal["PLAIN", "EXTERNAL"] | None = Field(default=None, description="SASL mechanism; chosen by itself.")
+    cafile: Path | None = Field(default=None, description="CA of the broker's certificate.")
+    certfile: Path | None = Field(default=None, description="Client certificate; without a password, the login.")
+    keyfile: Path | None = Field(default=None, description="Key of the client certificate.")
+    heartbeat_s: int = Field(default=10, ge=1, le=600, description="A dead link is noticed after two of these.")
+    connect_timeout_s: float = Field(default=10.0, gt=0, description="One attempt to connect.")
+    answer_timeout_s: float = Field(default=10.0, gt=0, description="One answer of the broker.")
+    reconnect_min_s: float = Field(default=5.0, ge=0, description="Shortest pause before a reconnect.")
+    reconnect_max_s: float = Field(default=10.0, ge=0, description="Longest pause; a wide range spreads a fleet.")
 
     @field_validator("url")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ class Declarations:
         if topology not in self._kept:
             self._kept.append(topology)
 
+    def forget(self, topology: Topology) -> None:
+        if topology in self._kept:
+            self._kept.remove(topology)
+
     def lost(self) -> None:
         self._done = False
 
@@ -66,6 +71,16 @@ async def declare(session: Session, topology: Topology) -> None:
             await declarer.bind(binding)
     finally:
         await declarer.close()
+
+
+async def retract(session: Session, topology: Topology) -> None:
+    """Delete the non-durable queues of a topology; what is gone already is no error. Raises `Unavailable`."""
+    for queue in topology.queues:
+        if queue.durable:
+            continue
+        async with session.throw_away() as channel:
+            with contextlib.suppress(ChannelClosed):
+                await session.ask(channel.queue_delete(queue.name))
 
 
 async def queue_depth(session: Session, queue: str) -> int | None:

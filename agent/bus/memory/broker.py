@@ -101,6 +101,12 @@ class MemoryBroker:
         for client in tuple(self._clients):
             client.on_return()
 
+    def retract(self, topology: Topology) -> None:
+        """Delete the non-durable queues of a topology."""
+        for queue in topology.queues:
+            if not queue.durable and queue.name in self.queues:
+                self._remove_queue(queue.name)
+
     def depth(self, queue: str) -> int | None:
         """Messages ready in a queue; None if it does not exist."""
         found = self.queues.get(queue)

@@ -112,6 +112,12 @@ class MemoryBus:
         self._broker.declare(self, topology)
         self._topologies.append(topology)
 
+    async def retract(self, topology: Topology) -> None:
+        if topology in self._topologies:
+            self._topologies.remove(topology)
+        if self.connected:
+            self._broker.retract(topology)
+
     async def publish(self, message: Outgoing, *, timeout_s: float = 10.0) -> None:  # noqa: ARG002 (never slow)
         self._publish(message)
         # A confirm takes a turn of the loop on every bus: code that relies on none is found out here.

@@ -1,4 +1,4 @@
-"""The settings of the libvirt driver (`[driver.libvirt]` of the configuration)."""
+"""The settings of the libvirt driver (`[driver.settings]` of the configuration)."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def parse_settings(raw: Mapping[str, Any]) -> LibvirtSettings:
         first = exc.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "cpu_mode"
         raise InvalidArgument(
-            f"driver setting {key!r}: {first['msg']}", code="driver_settings", key=key
+            f"driver setting {key!r}: {first['msg']}", code="bad_driver_settings", key=key
         ) from exc

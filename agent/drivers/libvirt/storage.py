@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ class Storage:
         files = self.files(instance_id)
         with _os_errors("making the instance's files"):
             files.disk.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+            if files.disk.parent.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, "a link is where the folder should be", str(files.disk.parent))
             self._check_space()
             if not files.disk.exists():
                 _check_cancelled(call)
@@ -108,10 +111,15 @@ class Storage:
         call.progress(100.0)
 
     def delete(self, instance_id: str) -> None:
-        """Remove the instance's folder with all in it. Idempotent."""
+        """Remove the instance's folder with all in it; a link of that name is removed, not followed. Idempotent."""
         folder = self._folder(instance_id)
-        with _os_errors("removing the instance's files"), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        # Not a directory: what should hold the folder is none, so there is nothing to remove.
+        nothing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with _os_errors("removing the instance's files"), nothing:
+            if stat.S_ISDIR(folder.lstat().st_mode):
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
 
     def cache_mode(self, instance_id: str) -> str:
         """Return the disk cache mode: the configured one, or `writeback` where O_DIRECT is missing."""

@@ -1,0 +1,217 @@
+"""The whole agent dies at every commit and in every driver call of each verb, and comes back.
+
+At a commit it dies before it is applied or after; in a driver call the hypervisor finishes what it was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.world import World, new_id, spec, until
+
+from agent.drivers.fake.settings import Fault
+from agent.messages.commands import (
+    CommandData,
+    InstanceCreate,
+    InstanceDelete,
+    InstancePause,
+    InstanceReboot,
+    InstanceStart,
+    InstanceStop,
+    OperationCancel,
+)
+
+VERBS: dict[str, tuple[CommandData, str]] = {
+    "create": (InstanceCreate(spec=spec("vm")), "running"),
+    "delete": (InstanceDelete(), "gone"),
+    "start": (InstanceStart(), "running"),
+    "stop": (InstanceStop(timeout_s=30), "stopped"),
+    "force": (InstanceStop(force=True), "stopped"),
+    "pause": (InstancePause(), "paused"),
+    "reboot": (InstanceReboot(mode="hard"), "running"),
+}
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+    made = await World(tmp_path, store=request.param).open()
+    await made.start()
+    yield made
+    await made.stop()
+    await made.close()
+
+
+async def prepared(world: World, verb: str) -> str:
+    if verb == "create":
+        return new_id()
+    instance_id = await world.create("vm", start=verb != "start")
+    await world.quiet()
+    return instance_id
+
+
+async def agrees(world: World, operation_id: str, instance_id: str, power: str) -> None:
+    """One final event, the state that was asked for, the same in memory, journal and hypervisor; nothing left."""
+    await world.quiet()
+    assert [event.kind for event in world.finals(operation_id)] == ["operation.succeeded"]
+    assert world.of(operation_id)[-1].kind == "operation.succeeded"
+    assert await world.power(instance_id) == power
+    kept = {record.id: record for record in await world.cut.instances()}
+    known = {record.id: record for record in world.agent.ctx.instances.all()}
+    assert kept == known
+    if power == "gone":
+        assert known == {}
+        assert world.owned_files() == []
+    else:
+        assert known[instance_id].observed == power
+        assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
+    assert await world.cut.operations(unfinished=True) == []
+    assert [event for event in world.events if event.kind == "host.drift"] == []
+    world.check_sequence()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("verb", VERBS)
+async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
+    data, power = VERBS[verb]
+    for commits in range(12):
+        instance_id = await prepared(world, verb)
+        world.cut.after(commits, applied=applied)
+        operation_id = world.send(data, instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        await world.final(operation_id)
+        await agrees(world, operation_id, instance_id, power)
+        if verb != "delete":
+            await world.do(InstanceDelete(), instance_id=instance_id)
+            await world.quiet()
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+CALLS = {
+    "create": ["create_storage", "define", "start", "get"],
+    "delete": ["destroy", "undefine", "delete_storage"],
+    "start": ["start"],
+    "stop": ["shutdown"],
+    "force": ["destroy"],
+    "pause": ["pause"],
+    "reboot": ["destroy", "start"],
+}
+
+
+@pytest.mark.parametrize(("verb", "call"), [(verb, call) for verb, calls in CALLS.items() for call in calls])
+async def test_dies_in_every_driver_call(world: World, verb: str, call: str) -> None:
+    data, power = VERBS[verb]
+    instance_id = await prepared(world, verb)
+    world.driver.inject(Fault(call=call, hang_s=30, times=1))
+    operation_id = world.send(data, instance_id=instance_id)
+    plan = world.driver._plan
+    await until(lambda: all(armed.left == 0 for armed in plan._armed) or world.finals(operation_id))
+    await world.crash()
+    await world.start()
+    await world.final(operation_id)
+    await agrees(world, operation_id, instance_id, power)
+
+
+async def test_dies_again_and_again(world: World) -> None:
+    """At one more commit of the same create each time, without ever letting it end in between."""
+    operation_id, instance_id = new_id(), new_id()
+    for attempt in range(4):
+        world.cut.after(1 + attempt, applied=attempt % 2 == 0)
+        if attempt == 0:
+            world.send(InstanceCreate(spec=spec()), id=operation_id, instance_id=instance_id)
+        await until(lambda: world.cut.happened.is_set() or world.finals(operation_id))
+        await world.crash()
+        await world.start(wait=False)
+    await world.agent.wait_ready(10)
+    await world.final(operation_id)
+    await agrees(world, operation_id, instance_id, "running")
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("fault", ["define", "start", "get"])
+async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str, applied: bool) -> None:
+    """Whether it is then finished or rolled back, one final event comes and nothing is left that is nobody's."""
+    for commits in range(1, 12):
+        operation_id, instance_id = new_id(), new_id()
+        # `get` fails long enough to fail the operation, and not the undoing.
+        world.driver.inject(Fault(call=fault, error="internal", times=1))
+        world.cut.after(commits, applied=applied)
+        world.send(InstanceCreate(spec=spec("vm")), id=operation_id, instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        final = await world.final(operation_id)
+        await world.quiet()
+        assert len(world.finals(operation_id)) == 1
+        if final.kind == "operation.succeeded":
+            assert await world.power(instance_id) == "running"
+            assert [record.id for record in await world.cut.instances()] == [instance_id]
+            await world.do(InstanceDelete(), instance_id=instance_id)
+            await world.quiet()
+        else:
+            assert final.data["undone"] is True
+        assert await world.power(instance_id) == "gone"
+        assert world.owned_files() == []
+        assert await world.cut.instances() == world.agent.ctx.instances.all() == []
+        assert await world.cut.operations(unfinished=True) == []
+        world.check_sequence()
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+async def test_dies_after_a_cancel(world: World) -> None:
+    for commits in range(8):
+        operation_id, instance_id = new_id(), new_id()
+        world.driver.inject(Fault(call="create_storage", hang_s=30, times=1))
+        world.send(InstanceCreate(spec=spec("vm")), id=operation_id, instance_id=instance_id)
+        await until(lambda i=instance_id: world.agent.ctx.instances.find(i))
+        world.cut.after(commits, applied=commits % 2 == 0)
+        cancel = world.send(OperationCancel(operation_id=operation_id))
+        await until(
+            lambda op=operation_id, c=cancel: world.cut.happened.is_set() or (world.finals(op) and world.finals(c))
+        )
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        final = await world.final(operation_id)
+        await world.final(cancel)
+        await world.quiet()
+        assert len(world.finals(operation_id)) == len(world.finals(cancel)) == 1
+        if final.kind == "operation.succeeded":
+            await world.do(InstanceDelete(), instance_id=instance_id)
+        await world.quiet()
+        assert world.owned_files() == []
+        assert await world.cut.instances() == []
+        if not died:
+            return
+
+
+async def test_a_drain_with_work_under_way_and_a_new_start(world: World) -> None:
+    world.settings.agent.__dict__["drain_timeout_s"] = 0.05
+    stuck = await world.create("stuck", labels={"fake.guest-shutdown-s": "never"})
+    stop = world.send(InstanceStop(timeout_s=600), instance_id=stuck)
+    behind = world.send(InstanceStart(), instance_id=stuck)
+    await until(lambda: world.agent._runner.find(stop) and world.agent._runner.find(behind))
+    await world.stop()
+    assert world.finals(stop) == world.finals(behind) == []
+    assert await world.ask((world.folder / "state" / "fake" / "domains" / f"{stuck}.json").exists)
+    await world.start()
+    assert await world.power(stuck) == "running", "guests are never touched by the agent's own stop"
+    # What was interrupted comes before what is new.
+    new = world.send(InstancePause(), instance_id=stuck)
+    await until(lambda: world.agent._runner.find(new))
+    await world.ask(world.driver.simulate_guest_shutdown, stuck)
+    for id in (stop, behind, new):
+        assert (await world.final(id)).kind == "operation.succeeded"
+    order = [event.data["operation_id"] for event in world.events if event.kind == "operation.succeeded"]
+    assert [id for id in order if id in (stop, behind, new)] == [stop, behind, new]
+    assert await world.power(stuck) == "paused"
+    world.check_sequence()
