@@ -23,7 +23,7 @@ from agent.controller import ComputeClient
 from agent.drivers.base import DriverContext
 from agent.drivers.libvirt import LibvirtDriver, xml
 from agent.messages import routing
-from agent.messages.commands import InstanceCreate, InstanceDelete, InstancePause
+from agent.messages.commands import InstanceCreate, InstanceDelete, InstanceList, InstancePause
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk
 from bench.servers import AGENT_HOST
 
@@ -88,6 +88,12 @@ async def pause_all(client: ComputeClient, ids: Iterable[str], *, host: str = AG
     await side_by_side((_call(client, InstancePause(), host, key) for key in ids), 50)
 
 
+async def listed(client: ComputeClient, *, host: str = AGENT_HOST) -> dict[str, Any]:
+    """What `instance.list` returns."""
+    done = await client.call(InstanceList(limit=10_000), host=host, timeout_s=LIMIT_S)
+    return dict(done.result)
+
+
 async def _call(client: ComputeClient, data: Any, host: str, key: str) -> None:
     await client.call(data, host=host, instance_id=key, timeout_s=LIMIT_S)
 
@@ -126,6 +132,11 @@ class Watch:
 
     async def _take(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
         self._arrived.put_nowait((time.perf_counter(), message.body))
+
+    def forget(self) -> None:
+        """Drop what has arrived."""
+        while not self._arrived.empty():
+            self._arrived.get_nowait()
 
     async def next(self, wanted: Callable[[bytes], bool] = lambda _body: True) -> tuple[float, bytes]:
         """The next event whose body is wanted, and when it reached us (`time.perf_counter`)."""

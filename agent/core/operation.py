@@ -46,6 +46,7 @@ Undo = Callable[[], Awaitable[None]]
 UNDO_ATTEMPTS = 4
 UNDO_PAUSE_S = 0.2
 CALL_ATTEMPTS = 3
+CALL_PAUSE_S = 0.2
 AWAY = frozenset({"unavailable", "hypervisor_unreachable"})
 """Codes by which a driver says that the hypervisor is away: worth waiting for its return."""
 PROGRESS_INTERVAL_S = 0.5
@@ -216,6 +217,8 @@ class Operation:
                 if attempt == CALL_ATTEMPTS or exc.code not in AWAY:
                     raise
                 log.info("operation.call_retried", operation=self.id, attempt=attempt, code=exc.code)
+                # A call may notice the loss some time before it is announced: do not spend all attempts until then.
+                await asyncio.sleep(CALL_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                 await self.ctx.state.wait_connected(self.ctx.deadlines.reconnect_s)
         raise Internal("unreachable")
 

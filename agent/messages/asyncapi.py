@@ -94,6 +94,7 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("resource_busy", errors.FailedPrecondition, "The hypervisor says that something the work needs is busy."),
     ErrorCode("operation_aborted", errors.FailedPrecondition, "The hypervisor's work was aborted from outside."),
     ErrorCode("hypervisor_access_denied", errors.FailedPrecondition, "The agent lacks rights at the hypervisor."),
+    ErrorCode("hypervisor_login_failed", errors.Unavailable, "The hypervisor did not take the agent's login."),
     ErrorCode("failed_precondition", errors.FailedPrecondition, "The verb is impossible in the present state."),
     ErrorCode("kvm_missing", errors.FailedPrecondition, "The driver is set to KVM, which does not work on this host."),
     ErrorCode("unsupported", errors.Unsupported, "The driver or hypervisor cannot do it."),

@@ -98,13 +98,7 @@ def test_every_code_in_the_page_is_in_the_program() -> None:
     assert not sorted(ROWS.keys() - RAISED.keys()), "docs/contract.md has codes that nothing raises"
 
 
-MIXED = {"hypervisor_access_denied": "raised as FailedPrecondition and as Unavailable; it should be two codes"}
-
-
-@pytest.mark.parametrize(
-    "code",
-    [pytest.param(c, marks=pytest.mark.xfail(reason=MIXED[c])) if c in MIXED else c for c in sorted(ROWS)],
-)
+@pytest.mark.parametrize("code", sorted(ROWS))
 def test_page_says_rightly_whether_a_retry_helps(code: str) -> None:
     classes = {CLASSES[name] for name in RAISED[code] if name in CLASSES}
     assert {found.retryable for found in classes} <= {ROWS[code]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import uuid
 
 import pytest
@@ -19,6 +21,7 @@ from agent.messages.commands import (
     InstanceResume,
     InstanceShow,
 )
+from agent.messages.events import Event
 from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = pytest.mark.qemu
@@ -118,8 +121,29 @@ async def test_libvirtd_restarts_during_creates(
     assert len(made) >= len(ids) - 1, [describe(event) for event in finals.values()]
     await world.judge(agent, made, libvirtd)
     for instance in made:
-        await world.succeed(agent.host, InstanceDelete(), instance)
+        final = await world.run(agent.host, InstanceDelete(), instance, timeout_s=45)
+        if final.kind != "operation.succeeded":
+            await free_of_a_lost_start(world, agent, libvirtd, instance, final)
     await world.judge(agent, [], libvirtd)
+
+
+async def free_of_a_lost_start(
+    world: World, agent: AgentProcess, libvirtd: PrivateLibvirtd, instance: str, final: Event
+) -> None:
+    """libvirt 9.0, killed within a guest's start, sometimes restores the job "start" and never ends it.
+
+    The agent then hands on libvirt's own time limit. With the QEMU gone, the next libvirtd forgets the job, and a
+    second delete goes on where the first one ended.
+    """
+    error = final.data["error"]
+    assert (error["code"], error["retryable"]) == ("hypervisor_timeout", True), describe(final)
+    assert "cannot acquire state change lock" in error["message"], describe(final)
+    guests = await asyncio.to_thread(libvirtd.qemu_pids)
+    os.kill(guests[f"i-{instance[:8]}"], signal.SIGKILL)
+    mark = world.recorder.mark
+    await asyncio.to_thread(libvirtd.restart_daemon, kill=True)
+    await world.recorder.wait_for(agent.host, "host.hypervisor", since=mark, where=lambda event: event.data["connected"])
+    await world.succeed(agent.host, InstanceDelete(), instance)
 
 
 async def test_frozen_libvirtd_does_not_stop_the_heart(

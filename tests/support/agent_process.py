@@ -52,6 +52,7 @@ class AgentProcess:
         self.lines: list[Line] = []
         self.health_port = 0
         self.returncode: int | None = None
+        self.log_file = directory / "agent.log"
         self._stderr_file = directory / "stderr.log"
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -216,15 +217,17 @@ class AgentProcess:
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        while raw := await process.stdout.readline():
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {"event": "?", "text": raw.decode(errors="replace")}
-            if line.get("event") == "health.listening":
-                self.health_port = line["port"]
-            self.lines.append(line)
-            self._wake()
+        with self.log_file.open("ab", buffering=0) as kept:  # for whoever looks into a failed test's folder
+            while raw := await process.stdout.readline():
+                kept.write(raw)
+                try:
+                    line = json.loads(raw)
+                except ValueError:
+                    line = {"event": "?", "text": raw.decode(errors="replace")}
+                if line.get("event") == "health.listening":
+                    self.health_port = line["port"]
+                self.lines.append(line)
+                self._wake()
         self.returncode = await process.wait()
         self._wake()
 

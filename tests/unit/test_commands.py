@@ -55,6 +55,7 @@ def test_not_json(body: bytes) -> None:
         command("host.ping", specversion=...), command("host.ping", specversion="0.3"), command("host.ping", specversion=1),
         command("host.ping", id=...), command("host.ping", type=...),
     ],
+    ids=range(10),
 )  # fmt: skip
 def test_no_cloudevent(body: bytes) -> None:
     assert refused(body).code == "bad_envelope"

@@ -97,7 +97,7 @@ async def test_addresses_of_repeats_are_bounded(world: World) -> None:
 
 async def test_a_repeat_that_comes_while_the_result_is_committed_is_answered(world: World, monkeypatch: Any) -> None:
     """The final event is rendered already, the record is not readable yet: neither must lose the answer."""
-    heard = await world.listen("late")
+    heard = await world.listen("compute.reply.late")
     instance_id = await world.create(start=False)
     body = command("instance.start", subject=instance_id, id="once")
     gate, held = asyncio.Event(), asyncio.Event()
@@ -112,7 +112,7 @@ async def test_a_repeat_that_comes_while_the_result_is_committed_is_answered(wor
     monkeypatch.setattr(world.cut.inner, "commit", slow)
     world.put(body)
     await held.wait()
-    world.put(body, reply_to="late")
+    world.put(body, reply_to="compute.reply.late")
     await until(lambda: not world.broker.depth(routing.host_queue(HOST)))
     for _ in range(20):
         await asyncio.sleep(0)
@@ -220,11 +220,11 @@ async def test_expired_in_its_lane(world: World) -> None:
     instance_id = await world.create(labels={"fake.guest-shutdown-s": "never"})
     world.send(InstanceStop(timeout_s=60), instance_id=instance_id)
     soon = (datetime.now(UTC) + timedelta(seconds=0.1)).isoformat()
-    world.put(command("instance.start", subject=instance_id, id="late", expirytime=soon))
-    await until(lambda: world.agent._runner.find("late"))
+    world.put(command("instance.start", subject=instance_id, id="compute.reply.late", expirytime=soon))
+    await until(lambda: world.agent._runner.find("compute.reply.late"))
     await asyncio.sleep(0.12)
     await world.ask(world.driver.simulate_guest_shutdown, instance_id)
-    assert (await world.final("late")).kind == "operation.expired"
+    assert (await world.final("compute.reply.late")).kind == "operation.expired"
     assert await world.power(instance_id) == "stopped"
 
 

@@ -49,6 +49,9 @@ class _Connection(aio_pika.Connection):
         self.transport = UnderlayConnection(connection=self._protocol, close_callback=closed)
         await self._on_connected()
 
+    def __del__(self) -> None:
+        """Nothing: the session ends it. aio-pika would start a task that nobody owns."""
+
     @property
     def protocol(self) -> aiormq.Connection:
         """The AMQP connection below."""
