@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -138,7 +139,7 @@ async def _told(client: ComputeClient, image: ImageSource) -> dict[str, float]:
         elif event.kind == "operation.succeeded":
             marks.append(("result to the controller", event.time.timestamp()))
     marks.append(("", sent + seconds))
-    return {name: after - at for (name, at), (_, after) in zip(marks, marks[1:], strict=False)}
+    return {name: after - at for (name, at), (_, after) in itertools.pairwise(marks)}
 
 
 async def _agent_burst(client: ComputeClient, image: ImageSource) -> tuple[float, list[float]]:

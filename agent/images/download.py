@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import stamina
-
 from agent.drivers.base import PreparedImage
 from agent.errors import DeadlineExceeded, Unavailable
 from agent.images import entry
@@ -70,6 +68,10 @@ class Download:
                 found = await self._thread(entry.find, self._directory, self._source, self._policy)
                 if found is not None:
                     return found
+                # With the first download, to keep an idle agent small.
+                await self._thread(__import__, "stamina")
+                import stamina  # noqa: PLC0415 - loaded above, off the loop
+
                 async for attempt in stamina.retry_context(
                     on=_worth_another, attempts=ATTEMPTS, timeout=None, wait_initial=0.5, wait_max=5.0
                 ):

@@ -21,6 +21,7 @@ from agent.bus.topology import host_topology, shared_topology
 from agent.config import Settings
 from agent.controller import CommandRefused, ComputeClient
 from agent.messages import asyncapi, routing
+from agent.messages.codes import ERROR_CODES
 from agent.messages.commands import (
     COMMANDS,
     ENVELOPES,
@@ -179,7 +180,7 @@ def test_topology_is_what_the_agent_declares(document: Json) -> None:
 
 
 def test_error_codes_are_unique() -> None:
-    codes = [code.code for code in asyncapi.ERROR_CODES]
+    codes = [code.code for code in ERROR_CODES]
     assert len(codes) == len(set(codes))
     assert all(re.fullmatch(r"[a-z][a-z_]*", code) for code in codes)
 

@@ -15,7 +15,7 @@ from agent import config, errors, metrics
 from agent.bus.amqp import AmqpSettings
 from agent.errors import ComputeError
 from agent.images.policy import ImagePolicy
-from agent.messages.asyncapi import ERROR_CODES
+from agent.messages.codes import ERROR_CODES
 from agent.messages.commands import COMMANDS
 from agent.messages.events import EVENTS
 
@@ -73,7 +73,7 @@ def _codes_of(tree: ast.AST) -> list[tuple[str, str]]:
 def _raised() -> dict[str, set[str]]:
     codes: dict[str, set[str]] = defaultdict(set)
     for path in Path(agent.__file__).parent.rglob("*.py"):
-        if path.name == "asyncapi.py":
+        if path.name == "codes.py":
             continue
         for code, called in _codes_of(ast.parse(path.read_text("utf-8"))):
             codes[code].add(called)
@@ -90,7 +90,7 @@ def test_every_code_of_the_program_is_in_the_page() -> None:
     missing = sorted(RAISED.keys() - ROWS.keys())
     assert not missing, (
         f"docs/contract.md has no row for {missing}: add those that reach controllers to ERROR_CODES in"
-        " agent/messages/asyncapi.py and to the first table, the others to the second table"
+        " agent/messages/codes.py and to the first table, the others to the second table"
     )
 
 
