@@ -288,12 +288,14 @@ class Agent:
         return missing
 
     def _moving(self) -> Callable[[], bool]:
-        """Make a check for the watchdog: lanes with work moved since the last look, or wait for the hypervisor."""
+        """Make a check for the watchdog: work moved since the last look, or waits for what a restart does not bring."""
         last = [self._lanes.moved, 0]
 
         def moving() -> bool:
-            stands = self._lanes.busy > 0 and self._lanes.moved == last[0]
-            excused = self.ctx.executor.stuck > 0 or not self.ctx.state.connected.is_set()
+            stands = self._runner.at_work and self._lanes.moved == last[0]
+            # What stands because of the hypervisor or the disk would stand after a restart too.
+            away = not self.ctx.state.connected.is_set() or self.ctx.journal.problem is not None
+            excused = self.ctx.executor.stuck > 0 or away
             last[1] = last[1] + 1 if stands and not excused else 0
             last[0] = self._lanes.moved
             return last[1] * (watchdog_interval_s() or 0) < self.ctx.deadlines.long_s

@@ -112,6 +112,9 @@ class HypervisorEvents:
             del self._hints[instance_id]
 
     async def _believe(self, instance_id: str, hints: list[_Hint]) -> None:
+        if instance_id in self._ctx.state.foreign:
+            await self._foreign(instance_id)
+            return
         info: DomainInfo | None = None
         for _ in range(READS):
             before = self._ctx.instances.find(instance_id)
@@ -142,13 +145,29 @@ class HypervisorEvents:
             )
             return
         change = Change()
-        for hint, known in hints:
-            # What was learned since it came is newer. `unknown`: it says nothing about power, such as a definition.
-            if known is before and hint.power != "unknown":
+        # What was learned since a hint came is newer. `unknown`: it says nothing about power, such as a definition.
+        told = [hint for hint, known in hints if known is before and hint.power != "unknown"]
+        for hint, following in zip(told, [*told[1:], None], strict=True):
+            if following is None or following.power != hint.power:  # libvirt says resumed, then started: it booted
                 self._observe(change, instance_id, hint.power, hint.reason)
         if info is not None:
             self._observe(change, instance_id, info.power, info.reason)
         await self._flush(change)
+
+    async def _foreign(self, instance_id: str) -> None:
+        """Keep what a foreign domain takes of the host up to date; that it is gone is told at once."""
+        try:
+            info = await self._ctx.executor.call(
+                "query", self._ctx.driver.get, instance_id, deadline_s=self._ctx.deadlines.query_s
+            )
+        except NotFound:
+            await reconcile(self._ctx, self._runner, resync=False)
+        except ComputeError as exc:
+            log.info("events.read_failed", instance=instance_id, code=exc.code)
+        else:
+            if instance_id in self._ctx.state.foreign and not info.owned:
+                self._ctx.state.foreign[instance_id] = info
+                self._ctx.heartbeat_now()
 
     def _is_explained(self, instance_id: str) -> bool:
         """Whether a domain's events are no news: it is ours, foreign, or in the hands of an operation."""

@@ -117,6 +117,11 @@ def forget_command(path: Path, operation_id: str) -> None:
             raise FailedPrecondition(
                 f"operation {operation_id} is {record.state}; cancel it first", code="operation_open"
             )
+        if record.undo_pending:
+            raise FailedPrecondition(
+                f"operation {operation_id} left something that only its record knows of; retry it first",
+                code="undo_pending",
+            )
         file.forget(operation_id)
     click.echo(f"forgot {operation_id}")
 

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -18,11 +18,19 @@ _SECRET_KEYS = frozenset({"password", "secret", "token", "user_data", "meta_data
 def mask_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Take passwords out of URLs and values out of keys that hold secrets."""
     for key, value in event.items():
-        if key in _SECRET_KEYS:
-            event[key] = "***"
-        elif isinstance(value, str) and "://" in value:
-            event[key] = _URL_PASSWORD.sub(r"\g<head>***@", value)
+        event[key] = "***" if key in _SECRET_KEYS else _masked(value)
     return event
+
+
+def _masked(value: Any) -> Any:
+    """Mask at any depth, in a copy: what is logged is still in use."""
+    if isinstance(value, str):
+        return _URL_PASSWORD.sub(r"\g<head>***@", value) if "://" in value else value
+    if isinstance(value, Mapping):
+        return {key: "***" if key in _SECRET_KEYS else _masked(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(inner) for inner in value]
+    return value
 
 
 def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
@@ -81,4 +89,4 @@ def _logger_name(logger: Any, _method: str, event: MutableMapping[str, Any]) -> 
 
 
 def _dump(value: Any, **_kwargs: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, default=lambda other: _masked(str(other)), ensure_ascii=False, separators=(",", ":"))

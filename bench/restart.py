@@ -92,6 +92,10 @@ class Restarted:
         assert ready["instances"] >= self.expected, ready
         return at - begun, {**ready, "at": datetime.fromisoformat(ready["timestamp"]).timestamp() - wall}
 
+    async def settle(self) -> None:
+        """Wait until what it took up is done, so that nothing of it is left for the next start."""
+        await self._watch.next(_is_quiet)
+
     async def stop(self, number: signal.Signals) -> float:
         """End it. How many seconds that took."""
         process, begun = self._process, time.perf_counter()
@@ -167,6 +171,7 @@ async def _restarts(
                     found[way].first_heartbeat.append(first)
                     found[way].ready.append(ready["at"])
                     found[way].taken_up.append(ready["recovered"])
+                    await agent.settle()
                     await agent.stop(signal.SIGTERM)
         finally:
             await agent.stop(signal.SIGKILL)
@@ -193,6 +198,11 @@ async def _fill(url: str, count: int, image_folder: Path | None) -> None:
 def _started_at(body: bytes) -> float:
     started: str = parse_event(body).data["started_at"]
     return datetime.fromisoformat(started).timestamp()
+
+
+def _is_quiet(body: bytes) -> bool:
+    data = parse_event(body).data
+    return bool(data["operations_in_flight"] == 0 and data["hypervisor_connected"])
 
 
 def _tell(report: Report, instances: str, found: dict[str, Found], floor: Floor) -> None:

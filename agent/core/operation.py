@@ -78,6 +78,8 @@ class Operation:
         self._lasting = False
         self._hushed = False
         self._cancel_asked = asyncio.Event()
+        self.waits = False
+        """Whether it waits for a guest or an image: for hours, if the command says so, and with a limit of its own."""
 
     # --- for handlers -----------------------------------------------------------------------------------------
 
@@ -151,6 +153,10 @@ class Operation:
     def can_be_cancelled(self) -> bool:
         """Whether a cancel would still take effect."""
         return not self._past_return and not self._returned
+
+    def mark_returned(self) -> None:
+        """The handler has succeeded: a cancel comes too late from now on."""
+        self._returned = True
 
     def mark_started(self) -> None:
         """Record the beginning of this run with its first commit."""
@@ -226,9 +232,11 @@ class Operation:
         """Wait for a future, but no longer than until the operation is cancelled. Raises `Cancelled`."""
         asked = asyncio.ensure_future(self._cancel_asked.wait())
         both: set[asyncio.Future[Any]] = {asked, waited_for}
+        self.waits = True
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self.waits = False
             asked.cancel()
         self._check_cancelled()
         return waited_for.result()
@@ -309,6 +317,7 @@ class Operation:
         if not cancellable:
             return await do()
         self._cancellable = asyncio.ensure_future(do())
+        self.waits = True
         try:
             return await self._cancellable
         except asyncio.CancelledError:
@@ -317,6 +326,7 @@ class Operation:
                 raise
             raise Cancelled("the operation was cancelled") from None
         finally:
+            self.waits = False
             self._cancellable = None
 
     def _check_cancelled(self) -> None:

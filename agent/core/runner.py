@@ -70,6 +70,11 @@ class Runner:
         """An operation without final result, or None."""
         return self._open.get(operation_id)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether an operation runs that does not wait for a guest or an image."""
+        return any(item.operation is not None and not item.operation.waits for item in self._open.values())
+
     def busy_instances(self) -> set[str]:
         """Instances that an operation acts on, now or soon, or left something of. Those that are only read are not."""
         open_now = {
@@ -228,6 +233,7 @@ class Runner:
             if route.handler is None:
                 raise Internal(f"{record.verb} has no handler")
             returned: BaseModel | None = await route.handler(operation, item.command.data)
+            operation.mark_returned()
             if record.state == "undoing":
                 return _error_of(record), {}
             return None, returned.model_dump(mode="json", exclude_none=True) if returned is not None else {}

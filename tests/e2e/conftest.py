@@ -6,7 +6,7 @@ import pytest
 
 from agent.messages.spec import ImageSource
 from devstack.guest_image import GuestImage, guest_image
-from tests.faults.conftest import broker, libvirtd, session_broker, session_libvirtd, world
+from support.fleet_fixtures import broker, libvirtd, session_broker, session_libvirtd, world
 
 __all__ = ["broker", "libvirtd", "session_broker", "session_libvirtd", "world"]
 

@@ -34,9 +34,9 @@ from agent.messages.events import Event
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
-from tests.faults.conftest import World
-from tests.support.agent_process import AgentProcess
-from tests.support.host import clean_libvirt
+from support.fleet import World
+from support.agent_process import AgentProcess
+from support.host import clean_libvirt
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 

@@ -33,8 +33,8 @@ from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
-from tests.faults.conftest import World
-from tests.support.agent_process import AgentProcess
+from support.fleet import World
+from support.agent_process import AgentProcess
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 

@@ -29,8 +29,8 @@ from agent.messages.commands import (
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, RootDisk, Seed, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd, PrivateSessionLibvirtd
-from tests.faults.conftest import World
-from tests.support.agent_process import AgentProcess
+from support.fleet import World
+from support.agent_process import AgentProcess
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 

@@ -7,7 +7,7 @@ import json
 import uuid
 
 import pytest
-from faults_world import World, spec
+from support.fleet import World, spec
 from support.recorder import describe
 
 from agent.messages.commands import InstanceCreate, InstanceDelete, InstancePause

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 
 import pytest
-from faults_world import World, spec
+from support.fleet import World, spec
 from support.agent_process import AgentProcess
 
 from agent.controller.failures import FINAL_KINDS

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from faults_world import World
+from support.fleet import World
 from support.recorder import describe
 
 from agent.messages.commands import (

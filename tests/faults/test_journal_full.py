@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults_world import World, spec
+from support.fleet import World, spec
 from support.agent_process import AgentProcess
 
 from agent.messages import routing

@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 
 import pytest
-from faults_world import World, spec
+from support.fleet import World, spec
 from support.agent_process import AgentProcess
 from support.recorder import describe
 

@@ -8,7 +8,7 @@ import signal
 import uuid
 
 import pytest
-from faults_world import World, spec
+from support.fleet import World, spec
 from support.agent_process import AgentProcess
 from support.recorder import describe
 

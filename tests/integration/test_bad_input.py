@@ -212,7 +212,7 @@ async def test_taken_names_and_ids(world: World) -> None:
 
 async def test_two_creates_of_one_name_at_once(world: World) -> None:
     ids = [world.send(InstanceCreate(spec=spec("taken")), instance_id=new_id()) for _ in range(5)]
-    finals = [await world.final(id) for id in ids]
+    finals = [await world.final(one) for one in ids]
     assert sorted(event.kind for event in finals) == ["operation.rejected"] * 4 + ["operation.succeeded"]
     (record,) = world.agent.ctx.instances.all()
     await world.do(InstanceDelete(), instance_id=record.id)
@@ -467,8 +467,8 @@ async def test_a_flood_of_everything_at_once(world: World) -> None:
             case _:
                 world.put(b"x" * (1024 * 1024 + 1))
                 bad += 1
-    for id in good:
-        await world.final(id)
+    for one in good:
+        await world.final(one)
     await until(lambda: len(world.dead) == bad)
     for record in world.agent.ctx.instances.all():
         await world.do(InstanceDelete(), instance_id=record.id)

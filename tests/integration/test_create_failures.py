@@ -36,7 +36,7 @@ from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
-from tests.faults.faults_world import World
+from support.fleet import World
 
 pytestmark = pytest.mark.qemu
 

@@ -229,8 +229,8 @@ async def test_a_commit_whose_waiter_was_cancelled_is_in_the_backlog(kind: Store
 
 
 async def test_unfinished_operations_come_in_order_of_arrival(kind: StoreKind) -> None:
-    for id in ("c", "a", "b"):
-        await kind.store.commit([Change(claim=operation(id))])
+    for name in ("c", "a", "b"):
+        await kind.store.commit([Change(claim=operation(name))])
     await kind.store.commit([Change(claim=ended("over"))])
     await kind.store.commit([Change(claim=ended("left", undo_pending=True))])
     await kind.store.commit([Change(operation=operation("a", state="undoing"))])
