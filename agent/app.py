@@ -100,7 +100,7 @@ class Agent:
         )
         loop = asyncio.get_running_loop()
         sink: list[HypervisorEvents] = []
-        driver = _make_driver(settings, self.state_dir, lambda event: sink[0].sink(event))
+        driver = _make_driver(settings, self.state_dir, lambda event: sink[0].sink(event))  # noqa: PLW0108 - made later
         images = ImageCache(self.state_dir / "images", settings.images)
         self.ctx = Context(
             host=name,
@@ -125,7 +125,7 @@ class Agent:
                 *delete.ROUTES,
                 *power.ROUTES,
                 *read.ROUTES,
-                *host.routes(lambda: self._heartbeat.build()),
+                *host.routes(lambda: self._heartbeat.build()),  # noqa: PLW0108 - made after the routes
                 *operation.routes(lambda: self._runner),
             )
         )
@@ -205,7 +205,7 @@ class Agent:
         except ComputeError as exc:
             if not exc.retryable:
                 raise
-            log.error("hypervisor.unreachable", error=exc.message)
+            log.error("hypervisor.unreachable", error=exc.message)  # noqa: TRY400 - the sentence says it all
             self.ctx.state.conditions["hypervisor"] = exc.message
             self._own("driver", self._keep_connecting())
             return
@@ -216,9 +216,7 @@ class Agent:
         while not self.ctx.state.connected.is_set():
             await asyncio.sleep(RETRY_S)
             try:
-                await self.ctx.executor.call(
-                    "mutate", self.ctx.driver.connect, deadline_s=self.ctx.deadlines.mutate_s
-                )
+                await self.ctx.executor.call("mutate", self.ctx.driver.connect, deadline_s=self.ctx.deadlines.mutate_s)
             except ComputeError as exc:
                 log.info("hypervisor.unreachable", error=exc.message)
                 continue
@@ -373,7 +371,5 @@ def _make_directory(path: Path) -> None:
 def _make_driver(settings: Settings, state_dir: Path, emit: Callable[..., None]) -> Driver:
     driver_class = load_driver(settings.driver.name)
     return driver_class(
-        DriverContext(
-            host=settings.agent.host, state_dir=state_dir, settings=settings.driver.settings, emit=emit
-        )
+        DriverContext(host=settings.agent.host, state_dir=state_dir, settings=settings.driver.settings, emit=emit)
     )

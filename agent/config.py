@@ -38,8 +38,12 @@ class Section(BaseModel):
 class AgentSection(Section):
     """Who this agent is and where it keeps its state."""
 
-    host: HostName = Field(default_factory=socket.gethostname, description="Name of this host on the bus; `all` is reserved.")
-    state_dir: Path = Field(default=Path("/var/lib/compute-agent"), description="Journal, compute_id, images, instances.")
+    host: HostName = Field(
+        default_factory=socket.gethostname, description="Name of this host on the bus; `all` is reserved."
+    )
+    state_dir: Path = Field(
+        default=Path("/var/lib/compute-agent"), description="Journal, compute_id, images, instances."
+    )
     drain_timeout_s: Seconds = Field(default=60.0, description="On SIGTERM: how long running work may take to end.")
 
 
@@ -64,7 +68,9 @@ class ThreadsSection(Section):
     query: Count = Field(default=4, description="Threads for reads.")
     mutate: Count = Field(default=8, description="Threads for changes.")
     long: Count = Field(default=4, description="Threads for long work: disks, full re-reads.")
-    max_stuck: Count = Field(default=16, description="Stuck threads per pool that are replaced before calls are refused.")
+    max_stuck: Count = Field(
+        default=16, description="Stuck threads per pool that are replaced before calls are refused."
+    )
 
 
 class DeadlinesSection(Section):
@@ -85,10 +91,16 @@ class CapacitySection(Section):
     """What is kept for the host, and how far each resource may be over-committed."""
 
     cpu_allocation_ratio: Annotated[float, Field(gt=0, le=100)] = Field(default=4.0, description="vCPUs per CPU.")
-    ram_allocation_ratio: Annotated[float, Field(gt=0, le=100)] = Field(default=1.0, description="Memory promised per memory.")
-    disk_allocation_ratio: Annotated[float, Field(gt=0, le=100)] = Field(default=1.0, description="Disk promised per disk.")
+    ram_allocation_ratio: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=1.0, description="Memory promised per memory."
+    )
+    disk_allocation_ratio: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=1.0, description="Disk promised per disk."
+    )
     reserved_vcpus: Annotated[int, Field(ge=0)] = Field(default=0, description="CPUs kept for the host.")
-    reserved_memory_mib: Annotated[int, Field(ge=0)] = Field(default=512, description="MiB of memory kept for the host.")
+    reserved_memory_mib: Annotated[int, Field(ge=0)] = Field(
+        default=512, description="MiB of memory kept for the host."
+    )
     reserved_disk_gib: Annotated[int, Field(ge=0)] = Field(default=1, description="GiB of disk kept for the host.")
 
     def build(self) -> Reservations:
@@ -115,14 +127,20 @@ class HealthSection(Section):
 class LogSection(Section):
     """Logs on stdout, one JSON object per line."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level that is logged.")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level that is logged."
+    )
 
 
 class Settings(BaseSettings):
     """The whole configuration."""
 
     model_config = SettingsConfigDict(
-        env_prefix="COMPUTE_AGENT_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix="COMPUTE_AGENT_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     agent: AgentSection = Field(default_factory=AgentSection)
@@ -147,14 +165,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Secrets over environment over file; no dotenv."""
-        del dotenv_settings
+        del settings_cls, dotenv_settings
         secrets = os.environ.get("COMPUTE_AGENT_SECRETS_DIR") or os.environ.get("CREDENTIALS_DIRECTORY")
         assert isinstance(env_settings, EnvSettingsSource)  # noqa: S101 - pydantic-settings gives just this
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101
         if secrets is None:
             return (env_settings, init_settings)
         nested = NestedSecretsSettingsSource(
-            file_secret_settings, secrets_dir=secrets, secrets_prefix="", secrets_nested_delimiter="__",
+            file_secret_settings,
+            secrets_dir=secrets,
+            secrets_prefix="",
+            secrets_nested_delimiter="__",
             secrets_dir_missing="error",
         )
         return (nested, env_settings, init_settings)

@@ -140,9 +140,7 @@ class HypervisorEvents:
             if self._ctx.instances.find(instance_id) is before:
                 break
         if before is None:
-            await reconcile(
-                self._ctx, self._runner, resync=False, needed=lambda: not self._is_explained(instance_id)
-            )
+            await reconcile(self._ctx, self._runner, resync=False, needed=lambda: not self._is_explained(instance_id))
             return
         change = Change()
         # What was learned since a hint came is newer. `unknown`: it says nothing about power, such as a definition.

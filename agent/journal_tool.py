@@ -124,5 +124,3 @@ def forget_command(path: Path, operation_id: str) -> None:
             )
         file.forget(operation_id)
     click.echo(f"forgot {operation_id}")
-
-

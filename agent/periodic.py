@@ -155,9 +155,7 @@ def _retrieve(reading: asyncio.Task[HostCapacity]) -> None:
 class Chores:
     """The other periodic tasks."""
 
-    def __init__(
-        self, ctx: Context, runner: Runner, outbox: Outbox, lanes: Lanes, *, keep_operations_s: float
-    ) -> None:
+    def __init__(self, ctx: Context, runner: Runner, outbox: Outbox, lanes: Lanes, *, keep_operations_s: float) -> None:
         self._ctx = ctx
         self._lanes = lanes
         self._runner = runner
@@ -171,8 +169,9 @@ class Chores:
 
     async def prune(self) -> None:
         """Forget operations that ended long ago, a few at a time so that no commit takes long."""
-        while await self._ctx.journal.store.prune(now() - self._keep, 500) == 500:
-            await asyncio.sleep(0)
+        limit = forgotten = 500
+        while forgotten == limit:
+            forgotten = await self._ctx.journal.store.prune(now() - self._keep, limit)
 
     async def requests(self) -> None:
         """Carry out what an administrator asked for with `compute-agent journal retry`."""
@@ -189,4 +188,3 @@ class Chores:
         counts = self._ctx.instances.counts()
         for state in ("running", "paused", "suspended", "stopped", "crashed", "unknown"):
             metrics.INSTANCES.labels(state).set(counts.get(state, 0))
-

@@ -7,12 +7,14 @@ import statistics
 import time
 from pathlib import Path
 
+import oslo_messaging
 import uvloop
 
 from agent.messages import routing
 from bench import servers
 from bench.load import Client, Load
 from bench.measure import Report, cpu_seconds, percentile, ratio_of_medians
+from bench.oslo_server import transport
 from devstack.rabbitmq import PrivateBroker
 
 DEPTHS = (1, 50, 500)
@@ -79,10 +81,6 @@ async def _compare(report: Report, url: str, depth: int, rounds: int, agent_pid:
 
 
 def _oslo(report: Report, url: str, depth: int, total: int, pid: int) -> None:
-    import oslo_messaging
-
-    from bench.oslo_server import transport
-
     connected = transport(url)
     client = oslo_messaging.get_rpc_client(connected, oslo_messaging.Target(topic="bench", server="bench-host"))
 

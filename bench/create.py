@@ -51,7 +51,11 @@ def measure(directory: Path, rounds: int) -> Report:
     with PrivateBroker(directory / "broker") as broker:
         with PrivateLibvirtd(directory / "host") as host:
             config = servers.agent_config(
-                directory / "agent", broker.url, driver="libvirt", settings={"uri": host.uri}, image_roots=(directory,),
+                directory / "agent",
+                broker.url,
+                driver="libvirt",
+                settings={"uri": host.uri},
+                image_roots=(directory,),
                 extra=guests.OVERCOMMIT,
             )
             with servers.agent(config, env) as pid:

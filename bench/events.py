@@ -81,12 +81,18 @@ class Found:
 
 def measure(directory: Path, rounds: int) -> Report:
     """Alternate the sides: each serves alone, `rounds` times."""
-    report = Report("Hypervisor events", ("what", "side", "events", "p50 ms", "p99 ms", "from the call p50 ms", "ratio"))
+    report = Report(
+        "Hypervisor events", ("what", "side", "events", "p50 ms", "p99 ms", "from the call p50 ms", "ratio")
+    )
     env = guests.installed(directory)
     found = Found()
     with PrivateBroker(directory / "broker") as broker, PrivateLibvirtd(directory / "host") as host:
         config = servers.agent_config(
-            directory / "agent", broker.url, driver="libvirt", settings={"uri": host.uri}, image_roots=(directory,),
+            directory / "agent",
+            broker.url,
+            driver="libvirt",
+            settings={"uri": host.uri},
+            image_roots=(directory,),
             extra=guests.OVERCOMMIT,
         )
         with servers.agent(config, env):

@@ -33,7 +33,14 @@ GUEST_MIB = 32
 DISK_MIB = 64
 OVERCOMMIT = "[capacity]\ncpu_allocation_ratio = 64.0"
 """For hosts that are smaller than what is asked of them here."""
-AGENT_MODULES = ("agent.cli", "agent.config", "agent.app", "agent.bus.amqp", "agent.drivers.fake", "agent.drivers.libvirt")
+AGENT_MODULES = (
+    "agent.cli",
+    "agent.config",
+    "agent.app",
+    "agent.bus.amqp",
+    "agent.drivers.fake",
+    "agent.drivers.libvirt",
+)
 """All that `compute-agent run` loads before it is ready."""
 
 
@@ -66,14 +73,16 @@ async def controller(url: str) -> AsyncIterator[ComputeClient]:
 
 
 async def create_all(
-    client: ComputeClient, ids: Iterable[str], image: ImageSource | None = None, *, host: str = AGENT_HOST, at_once: int = 50
+    client: ComputeClient,
+    ids: Iterable[str],
+    image: ImageSource | None = None,
+    *,
+    host: str = AGENT_HOST,
+    at_once: int = 50,
 ) -> None:
     """Create instances named after their ids."""
     await side_by_side(
-        (
-            _call(client, InstanceCreate(spec=small_spec(f"b-{key[:13]}", image)), host, key)
-            for key in ids
-        ),
+        (_call(client, InstanceCreate(spec=small_spec(f"b-{key[:13]}", image)), host, key) for key in ids),
         at_once,
     )
 

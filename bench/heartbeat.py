@@ -33,7 +33,14 @@ QUIET = {"COMPUTE_AGENT_PERIODIC__RECONCILE_S": "3600"}
 
 def measure(directory: Path, rounds: int) -> Report:
     """Heartbeats far more often than anyone would have them, so that they are nearly all that the agent does."""
-    columns = ("driver", "instances", "hypervisor calls per heartbeat", "CPU ms per heartbeat", "bytes", "ratio to 1 instance")
+    columns = (
+        "driver",
+        "instances",
+        "hypervisor calls per heartbeat",
+        "CPU ms per heartbeat",
+        "bytes",
+        "ratio to 1 instance",
+    )
     report = Report("Heartbeats", columns)
     env = {**guests.installed(directory), **QUIET}
     calls = {count: asyncio.run(_calls_of_fake(directory / f"calls-{count}", count)) for count in SIMULATED}
@@ -47,8 +54,13 @@ def measure(directory: Path, rounds: int) -> Report:
         _tell(report, "fake", found, calls)
         with PrivateLibvirtd(directory / "host") as host:
             config = servers.agent_config(
-                directory / "libvirt", broker.url, driver="libvirt", settings={"uri": host.uri}, image_roots=(directory,),
-                heartbeat_s=INTERVAL_S, extra=guests.OVERCOMMIT,
+                directory / "libvirt",
+                broker.url,
+                driver="libvirt",
+                settings={"uri": host.uri},
+                image_roots=(directory,),
+                heartbeat_s=INTERVAL_S,
+                extra=guests.OVERCOMMIT,
             )
             found, calls = {}, {}
             for count in REAL:

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Self
 
 import aio_pika
 
@@ -35,7 +36,7 @@ class Client:
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._name = f"compute.reply.bench-{uuid.uuid4()}"
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> Self:
         self._connection = await aio_pika.connect(self._url)
         self._channel = await self._connection.channel(publisher_confirms=False)
         replies = await self._connection.channel()
@@ -58,7 +59,9 @@ class Client:
 
     async def run(self, exchange: str, routing_key: str, *, total: int, in_flight: int) -> Load:
         """Send `total` requests, `in_flight` at a time."""
-        target = await self._channel.get_exchange(exchange, ensure=False) if exchange else self._channel.default_exchange
+        target = (
+            await self._channel.get_exchange(exchange, ensure=False) if exchange else self._channel.default_exchange
+        )
         latencies: list[float] = []
         left = iter(range(total))
 

@@ -116,7 +116,16 @@ class Restarted:
 
 def measure(directory: Path, rounds: int) -> Report:
     """Alternate the two ways to end; the same instances are there at each start."""
-    columns = ("instances", "ended by", "starts", "first heartbeat s", "ready s", "slowest ready s", "ready, ratio to the imports alone", "end s")
+    columns = (
+        "instances",
+        "ended by",
+        "starts",
+        "first heartbeat s",
+        "ready s",
+        "slowest ready s",
+        "ready, ratio to the imports alone",
+        "end s",
+    )
     report = Report("Ready again after a restart", columns)
     env = guests.installed(directory)
     floors = {name: Floor(env, name) for name in ("fake", "libvirt")}
@@ -125,13 +134,20 @@ def measure(directory: Path, rounds: int) -> Report:
         found = guests.run(_restarts(broker.url, config, env, floors["fake"], 0, None, rounds))
         _tell(report, "none", found, floors["fake"])
         config = servers.agent_config(
-            directory / "simulated", broker.url, settings={"persist": True}, extra="[capacity]\ncpu_allocation_ratio = 100.0"
+            directory / "simulated",
+            broker.url,
+            settings={"persist": True},
+            extra="[capacity]\ncpu_allocation_ratio = 100.0",
         )
         simulated = guests.run(_restarts(broker.url, config, env, floors["fake"], SIMULATED, None, rounds))
         _tell(report, f"{SIMULATED} simulated", simulated, floors["fake"])
         with PrivateLibvirtd(directory / "host") as host:
             config = servers.agent_config(
-                directory / "real", broker.url, driver="libvirt", settings={"uri": host.uri}, image_roots=(directory,),
+                directory / "real",
+                broker.url,
+                driver="libvirt",
+                settings={"uri": host.uri},
+                image_roots=(directory,),
                 extra=guests.OVERCOMMIT,
             )
             found = guests.run(_restarts(broker.url, config, env, floors["libvirt"], REAL, directory, rounds))

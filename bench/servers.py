@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,6 @@ def process(arguments: list[str], ready: str, *, log: Path, env: dict[str, str] 
 
 
 def _wait_for(child: subprocess.Popen[bytes], lines: object, ready: str, log: Path) -> None:
-    import time
-
     end = time.monotonic() + 60
     seen = ""
     while ready not in seen:
@@ -48,8 +47,14 @@ def _wait_for(child: subprocess.Popen[bytes], lines: object, ready: str, log: Pa
 
 
 def agent_config(
-    directory: Path, amqp_url: str, *, driver: str = "fake", settings: dict[str, object] | None = None,
-    heartbeat_s: float = 10.0, extra: str = "", image_roots: tuple[Path, ...] = (),
+    directory: Path,
+    amqp_url: str,
+    *,
+    driver: str = "fake",
+    settings: dict[str, object] | None = None,
+    heartbeat_s: float = 10.0,
+    extra: str = "",
+    image_roots: tuple[Path, ...] = (),
 ) -> Path:
     """Write a configuration for a measured agent."""
     directory.mkdir(parents=True, exist_ok=True)

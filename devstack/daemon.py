@@ -31,15 +31,11 @@ _SOCKET_PATH_LIMIT = 107  # bytes of sun_path, without the final zero
 class Daemon:
     """What both kinds have in common; subclasses say where things are and how the namespace is made."""
 
-    def __init__(
-        self, directory: Path, qemu_settings: dict[str, str], daemon_settings: dict[str, str]
-    ) -> None:
+    def __init__(self, directory: Path, qemu_settings: dict[str, str], daemon_settings: dict[str, str]) -> None:
         self.directory = directory.resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(self._longest_socket)) > _SOCKET_PATH_LIMIT:
-            raise DevstackError(
-                f"{self.directory} is too long for a Unix socket below it; give a shorter path"
-            )
+            raise DevstackError(f"{self.directory} is too long for a Unix socket below it; give a shorter path")
         saved = self._load()
         self.host_uuid: str = saved.get("host_uuid") or str(uuid.uuid4())
         self._init = _ref(saved.get("init"))

@@ -109,9 +109,7 @@ class Story:
                 await asyncio.sleep(0.5)
 
     async def _read_console(self) -> str:
-        answer = await self._client.call(
-            ConsoleLog(), host=self._host, instance_id=self._instance_id, timeout_s=30
-        )
+        answer = await self._client.call(ConsoleLog(), host=self._host, instance_id=self._instance_id, timeout_s=30)
         return str(answer.result["text"])
 
     async def _show_instance(self) -> None:

@@ -164,9 +164,7 @@ def _initramfs(tree: Path) -> bytes:
         start = len(done)
         for module in wanted:
             _in_load_order(module, files, done)
-        archive.add(
-            f"modules/{stage}", stat.S_IFREG | 0o644, "".join(f"{m}\n" for m in done[start:]).encode()
-        )
+        archive.add(f"modules/{stage}", stat.S_IFREG | 0o644, "".join(f"{m}\n" for m in done[start:]).encode())
     for module in done:
         archive.add(f"modules/{module}.ko", stat.S_IFREG | 0o644, files[module].read_bytes())
     return archive.finish()
@@ -226,8 +224,7 @@ def _make_disk(raw: Path, kernel: Path, initrd: Path) -> None:
         disk.truncate(_DISK_BYTES)
     config = raw.with_name("syslinux.cfg")
     config.write_text(
-        "DEFAULT guest\nPROMPT 0\nLABEL guest\n"
-        f"  KERNEL /vmlinuz\n  INITRD /initrd.img\n  APPEND {COMMAND_LINE}\n",
+        f"DEFAULT guest\nPROMPT 0\nLABEL guest\n  KERNEL /vmlinuz\n  INITRD /initrd.img\n  APPEND {COMMAND_LINE}\n",
         encoding="ascii",
     )
     partition = f"{raw}@@{_PARTITION_START}"

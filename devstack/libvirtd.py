@@ -159,9 +159,9 @@ class PrivateLibvirtd(Daemon):
 class PrivateSessionLibvirtd(Daemon):
     """A session libvirtd as an unprivileged user would have it, with XDG folders below ``directory``.
 
-    Started by root it runs in a user namespace in which root's files belong to user `nobody` (which every host has), without any
-    capability: no other user's folder has to be prepared, and what needs privileges fails as it does for a
-    user.
+    Started by root it runs in a user namespace in which root's files belong to `nobody`, a user that every host
+    has, without any capability: no other user's folder has to be prepared, and what needs privileges fails as it
+    does for a user.
     """
 
     def __init__(

@@ -173,9 +173,7 @@ class PortLease:
             if port is not None or _bindable(candidate):
                 return cls(candidate, lock)
             lock.close()
-        raise DevstackError(
-            f"port {port} is leased by another process" if port else "no free TCP port was found"
-        )
+        raise DevstackError(f"port {port} is leased by another process" if port else "no free TCP port was found")
 
     def release(self) -> None:
         """Give the port up. Idempotent."""

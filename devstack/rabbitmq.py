@@ -223,9 +223,7 @@ class PrivateBroker:
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise DevstackError(
-                f"rabbitmqctl {' '.join(arguments)} took more than {timeout_s:g} s"
-            ) from error
+            raise DevstackError(f"rabbitmqctl {' '.join(arguments)} took more than {timeout_s:g} s") from error
         if done.returncode != 0:
             raise DevstackError(f"rabbitmqctl {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
         return done.stdout
@@ -296,9 +294,7 @@ class PrivateBroker:
         cookie.touch(mode=0o600)
         cookie.write_text(self.cookie, encoding="ascii")
         cookie.chmod(0o400)
-        plugins = self._plugins | (
-            {"rabbitmq_auth_mechanism_ssl"} if self._tls and self._tls.external else set()
-        )
+        plugins = self._plugins | ({"rabbitmq_auth_mechanism_ssl"} if self._tls and self._tls.external else set())
         (self.directory / "enabled_plugins").write_text(f"[{','.join(sorted(plugins))}].\n", encoding="ascii")
         (self.directory / "conf-env").write_text("", encoding="ascii")
         (self.directory / "pid").unlink(missing_ok=True)

@@ -128,9 +128,7 @@ class Agent:
             assert ref is not None
             self._pid_file.write_text(json.dumps([ref.pid, ref.start_ticks]), encoding="utf-8")
         else:
-            raise DevstackError(
-                f"the agent ended at once, status {process.returncode}:\n{tail(self.log_file)}"
-            )
+            raise DevstackError(f"the agent ended at once, status {process.returncode}:\n{tail(self.log_file)}")
 
     def stop(self) -> None:
         """End the agent: it may drain, then it is killed. Idempotent."""

@@ -130,7 +130,8 @@ class Bus(Protocol):
 
     async def connect(self, *, timeout_s: float) -> None:
         """Connect for the first time. Raises `Unavailable` after `timeout_s`; `InvalidArgument` (code
-        `bus_access_refused`) where the broker refuses the login, the certificate or the virtual host."""
+        `bus_access_refused`) where the broker refuses the login, the certificate or the virtual host.
+        """
 
     async def close(self) -> None:
         """End everything. Unsettled deliveries go back to their queues. Idempotent."""

@@ -294,7 +294,11 @@ class Dispatcher:
         metrics.DUPLICATES.inc()
         if running is not None:
             others = running.more_replies
-            if record.reply_to and record.reply_to not in (running.record.reply_to, *others) and len(others) < MAX_REPLIES:
+            if (
+                record.reply_to
+                and record.reply_to not in (running.record.reply_to, *others)
+                and len(others) < MAX_REPLIES
+            ):
                 others.append(record.reply_to)
         elif known.final_body is not None and known.final_sequence is not None and record.reply_to:
             body = seal(known.final_body, known.final_sequence, self._ctx.journal.epoch)
@@ -342,7 +346,8 @@ def _log_failed_reply(future: asyncio.Future[None]) -> None:
 
 def _reply_to(delivery: Delivery) -> str | None:
     """Where the answer goes. Any other address than the contract's is ignored: an answer travels on the events
-    exchange, and one that the broker refuses there would hold up all that follow."""
+    exchange, and one that the broker refuses there would hold up all that follow.
+    """
     if delivery.reply_to and _REPLY_TO.fullmatch(delivery.reply_to):
         return delivery.reply_to
     return None

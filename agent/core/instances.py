@@ -33,7 +33,9 @@ class Instances:
         """One instance. Raises `NotFound`."""
         record = self._records.get(instance_id)
         if record is None:
-            raise NotFound(f"no instance {instance_id} is on this host", code="unknown_instance", instance_id=instance_id)
+            raise NotFound(
+                f"no instance {instance_id} is on this host", code="unknown_instance", instance_id=instance_id
+            )
         return record
 
     def all(self) -> list[InstanceRecord]:
@@ -85,7 +87,9 @@ class Instances:
             self._release(instance_id, observed)
         return record
 
-    def state_event(self, record: InstanceRecord, *, previous: PowerState | None, resync: bool = False) -> InstanceState:
+    def state_event(
+        self, record: InstanceRecord, *, previous: PowerState | None, resync: bool = False
+    ) -> InstanceState:
         """Describe an instance's state for publishing. What follows `unknown` follows a gap, whoever read it first."""
         return InstanceState(
             instance_id=record.id,

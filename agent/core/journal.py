@@ -93,7 +93,12 @@ class Journal:
                 change.instances = [record for record in map(self._current, ids) if record is not None]
 
     def event(
-        self, data: EventData, *, subject: str | None = None, traceparent: str | None = None, reply_to: str | None = None,
+        self,
+        data: EventData,
+        *,
+        subject: str | None = None,
+        traceparent: str | None = None,
+        reply_to: str | None = None,
         correlation_id: str | None = None,
     ) -> PendingEvent:
         """Render an event for a change."""

@@ -52,7 +52,7 @@ AWAY = frozenset({"unavailable", "hypervisor_unreachable"})
 PROGRESS_INTERVAL_S = 0.5
 
 
-class RollBack(Exception):  # noqa: N818 - control flow, never seen outside this package
+class RollBack(Exception):
     """Raised into a handler whose operation is being rolled back after a crash, once its past is replayed."""
 
 
@@ -116,7 +116,9 @@ class Operation:
         index, self._index = self._index, self._index + 1
         past = self._past.get(index)
         if past is not None and past.name != name:
-            raise Internal(f"step {index} of {self.record.verb} is {name} now and was {past.name} when it was journaled")
+            raise Internal(
+                f"step {index} of {self.record.verb} is {name} now and was {past.name} when it was journaled"
+            )
         begun = past or StepRecord(self.id, index, name, "started")
         if undo is not None and begun.state != "undone":
             self._undos.append((begun, undo))
@@ -179,9 +181,7 @@ class Operation:
             self._staged.removed_instances.append(removed)
         if event is not None:
             self._staged.events.append(
-                self.ctx.journal.event(
-                    event, subject=self.record.instance_id, traceparent=self.command.traceparent
-                )
+                self.ctx.journal.event(event, subject=self.record.instance_id, traceparent=self.command.traceparent)
             )
 
     async def query(self, call: Callable[..., T], *args: Any) -> T:
@@ -249,7 +249,9 @@ class Operation:
         finally:
             waiting.cancel()
 
-    def progress(self, percent: float | None = None, *, done_bytes: int | None = None, total_bytes: int | None = None) -> None:
+    def progress(
+        self, percent: float | None = None, *, done_bytes: int | None = None, total_bytes: int | None = None
+    ) -> None:
         """Report how far the current step is; sent at most twice a second, and only where someone wants to know."""
         at = asyncio.get_running_loop().time()
         if at - self._last_progress < PROGRESS_INTERVAL_S:
@@ -405,5 +407,3 @@ def require(condition: bool, sentence: str, code: str | None = None) -> None:
     """Raise `FailedPrecondition` with this sentence unless the condition holds."""
     if not condition:
         raise FailedPrecondition(sentence, code=code)
-
-

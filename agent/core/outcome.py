@@ -48,9 +48,7 @@ def problem_of(error: BaseException) -> Problem:
     """Describe an error for the wire. What is not ours is `internal`, without its text: it may hold secrets."""
     if not isinstance(error, ComputeError):
         error = Internal(f"an unexpected {type(error).__name__} ended the operation; see the agent's log")
-    return Problem(
-        code=error.code, message=error.message, retryable=error.retryable, details=dict(error.details)
-    )
+    return Problem(code=error.code, message=error.message, retryable=error.retryable, details=dict(error.details))
 
 
 def state_of(error: BaseException, *, begun: bool) -> OperationState:

@@ -16,9 +16,7 @@ from agent.store.base import Change, InstanceRecord
 log = structlog.get_logger("reconcile")
 
 
-async def reconcile(
-    ctx: Context, runner: Runner, *, resync: bool, needed: Callable[[], bool] = lambda: True
-) -> bool:
+async def reconcile(ctx: Context, runner: Runner, *, resync: bool, needed: Callable[[], bool] = lambda: True) -> bool:
     """Re-read every domain, commit and publish the differences. `resync` marks events that follow a gap.
 
     Instances with an operation under way at any time meanwhile are left to it, and those about which something newer
@@ -97,7 +95,9 @@ class _Difference:
         known = self._ctx.state.foreign
         for domain in domains:
             if domain.id not in known:
-                self._drift("foreign-domain", domain.name, "not made by this agent; it is counted and left alone", domain.id)
+                self._drift(
+                    "foreign-domain", domain.name, "not made by this agent; it is counted and left alone", domain.id
+                )
         current = {domain.id: domain for domain in domains}
         for gone in known.keys() - current.keys():
             self._drift("foreign-domain-gone", known[gone].name, "it is no longer on this host", gone)
@@ -130,9 +130,7 @@ class _Difference:
     def _state(self, record: InstanceRecord, before: InstanceRecord | None) -> None:
         previous = before.observed if before is not None else None
         self.change.instances.append(record)
-        self._event(
-            self._ctx.instances.state_event(record, previous=previous, resync=self._resync), subject=record.id
-        )
+        self._event(self._ctx.instances.state_event(record, previous=previous, resync=self._resync), subject=record.id)
 
     def _drift(self, difference: str, name: str, detail: str, instance_id: str) -> None:
         log.warning("reconcile.drift", difference=difference, name=name, instance=instance_id)

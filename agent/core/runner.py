@@ -203,7 +203,9 @@ class Runner:
         if record.final:
             return  # cancelled while it waited
         try:
-            past = await self._ctx.journal.read(lambda: self._ctx.journal.store.steps(record.id)) if record.attempt else []
+            past = (
+                await self._ctx.journal.read(lambda: self._ctx.journal.store.steps(record.id)) if record.attempt else []
+            )
             operation = Operation(self._ctx, record, item.command, past)
             item.operation = operation
             with structlog.contextvars.bound_contextvars(**_names(record, item.command)):
@@ -213,7 +215,9 @@ class Runner:
             if record.final:
                 self._close(item)
 
-    async def _attempt(self, item: Open, route: Route, operation: Operation) -> tuple[BaseException | None, dict[str, Any]]:
+    async def _attempt(
+        self, item: Open, route: Route, operation: Operation
+    ) -> tuple[BaseException | None, dict[str, Any]]:
         record = item.record
         try:
             self._check(record, item.command)
@@ -261,7 +265,9 @@ class Runner:
         verb, known = record.verb, self._ctx.state.capabilities
         # Before the hypervisor was first asked nothing is known: the driver itself will refuse what it cannot do.
         if verb in OPTIONAL_VERBS and verb not in known.verbs and known.hypervisor_type != "unknown":
-            raise Unsupported(f"driver {self._ctx.driver.name} cannot do {verb} on this host", code="verb_unsupported", verb=verb)
+            raise Unsupported(
+                f"driver {self._ctx.driver.name} cannot do {verb} on this host", code="verb_unsupported", verb=verb
+            )
 
     async def _finish(
         self, item: Open, operation: Operation, error: BaseException | None, result: dict[str, Any]
@@ -420,10 +426,7 @@ def _error_of(record: OperationRecord) -> ComputeError:
     """The error for an operation that a former process began to roll back."""
     if record.cancel_requested:
         return Cancelled("the operation was cancelled")
-    error = Internal(
+    return Internal(
         "the operation failed, the agent was restarted while it was undone, and the undoing was finished after that",
         code=record.error_code or "interrupted",
     )
-    return error
-
-

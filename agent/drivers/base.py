@@ -203,14 +203,16 @@ class Driver(ABC):
     def capacity(self) -> HostCapacity:
         """Read the host's capacity: a bounded number of calls, no external process."""
 
-    def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:
+    def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:  # noqa: ARG002 - for those who can
         """Read the end of the serial console's log; empty if the guest never wrote. Raises `NotFound`."""
         raise Unsupported(f"driver {self.name} keeps no console log")
 
     # --- life -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def create_storage(self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext) -> None:
+    def create_storage(
+        self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
+    ) -> None:
         """Make the root disk (an overlay on `image`, or empty) of `spec.root_disk.size_mib`, and the seed ISO.
 
         Raises `ResourceExhausted` without space, `InvalidArgument` where the disk is smaller than the image.
@@ -243,16 +245,14 @@ class Driver(ABC):
     def destroy(self, instance_id: str) -> None:
         """End the domain at once, like pulling the plug; its definition stays. Already stopped: nothing."""
 
-    def reboot(self, instance_id: str) -> None:
+    def reboot(self, instance_id: str) -> None:  # noqa: ARG002 - for those who can
         """Ask the guest to reboot and return at once; a following `instance.rebooted` event proves it."""
         raise Unsupported(f"driver {self.name} cannot reboot")
 
-    def pause(self, instance_id: str) -> None:
+    def pause(self, instance_id: str) -> None:  # noqa: ARG002 - for those who can
         """Stop the vCPUs. Already paused: nothing."""
         raise Unsupported(f"driver {self.name} cannot pause")
 
-    def resume(self, instance_id: str) -> None:
+    def resume(self, instance_id: str) -> None:  # noqa: ARG002 - for those who can
         """Let the vCPUs run on. Already running: nothing."""
         raise Unsupported(f"driver {self.name} cannot resume")
-
-

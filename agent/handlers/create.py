@@ -112,9 +112,7 @@ async def _unclaim(op: Operation, data: InstanceCreate) -> None:
     record = op.ctx.instances.find(op.instance_id)
     if record is not None and record.created_by == op.id:
         op.ctx.instances.remove(op.instance_id)
-        op.stage(
-            removed=op.instance_id, event=InstanceRemoved(instance_id=op.instance_id, name=data.spec.name)
-        )
+        op.stage(removed=op.instance_id, event=InstanceRemoved(instance_id=op.instance_id, name=data.spec.name))
         op.ctx.heartbeat_now()
 
 

@@ -27,7 +27,7 @@ async def show(op: Operation, _data: InstanceShow) -> InstanceView:
         return instance_view(record)
     current = op.ctx.instances.find(op.instance_id)
     if current is not record:
-        # Something newer was learned while we read; it must not be overwritten, and there is no turn of ours to wait for.
+        # Something newer was learned while we read: it stays, and there is no turn of ours to wait for.
         return instance_view(current or record, details)
     return instance_view(settle(op, info), details)
 

@@ -36,16 +36,24 @@ class ImagePolicy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    allowed_schemes: frozenset[Scheme] = Field(default=frozenset({"file", "http", "https"}), description="URL schemes that images may come by.")
-    file_roots: list[Path] = Field(default_factory=list, description="Folders that file images must lie below; none: no file images.")
+    allowed_schemes: frozenset[Scheme] = Field(
+        default=frozenset({"file", "http", "https"}), description="URL schemes that images may come by."
+    )
+    file_roots: list[Path] = Field(
+        default_factory=list, description="Folders that file images must lie below; none: no file images."
+    )
     allow_private_addresses: bool = Field(default=True, description="Whether images may come from private addresses.")
-    allowed_hosts: list[str] = Field(default_factory=list, description="Exact names, or suffixes with a leading dot; none: any.")
+    allowed_hosts: list[str] = Field(
+        default_factory=list, description="Exact names, or suffixes with a leading dot; none: any."
+    )
     max_size_mib: PositiveMib = Field(default=102_400, description="Largest download.")
     max_virtual_size_mib: PositiveMib | None = Field(default=None, description="Largest virtual size.")
     connect_timeout_s: PositiveSeconds = Field(default=10, description="One connection.")
     stall_timeout_s: PositiveSeconds = Field(default=30, description="Longest silence in a download.")
     total_timeout_s: PositiveSeconds = Field(default=4 * 3600, description="One download with all its attempts.")
-    max_redirects: Annotated[int, Field(ge=0, le=20)] = Field(default=5, description="Redirects followed; each is checked.")
+    max_redirects: Annotated[int, Field(ge=0, le=20)] = Field(
+        default=5, description="Redirects followed; each is checked."
+    )
 
     def max_bytes(self, asked_mib: int | None) -> int:
         """The lower of the host's and the command's limit on the download, in bytes."""

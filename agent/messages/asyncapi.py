@@ -17,7 +17,7 @@ from pydantic_core import core_schema
 
 from agent.messages import events, routing
 from agent.messages.codes import ERROR_CODES
-from agent.messages.commands import COMMANDS, ENVELOPES, MAX_COMMAND_BYTES, CommandData, type_of
+from agent.messages.commands import COMMANDS, ENVELOPES, CommandData, type_of
 from agent.messages.events import EVENTS, Event, EventData, HostHeartbeat, OperationEvent, OperationSucceeded
 from agent.messages.results import RESULTS
 from agent.messages.types import HOST_PATTERN

@@ -159,7 +159,9 @@ class Command(Inbound, Generic[D]):
     time: AwareDatetime | None = None
     datacontenttype: Literal["application/json"] = "application/json"
     dataschema: Annotated[str, Field(max_length=512)] | None = None
-    traceparent: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")] | None = None
+    traceparent: (
+        Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")] | None
+    ) = None
     expirytime: AwareDatetime | None = None
     generation: Generation | None = None
     host: HostName | None = None
@@ -242,7 +244,9 @@ def parse_command(body: bytes) -> Command[CommandData]:
         raise Refused("the body is no CloudEvents object", code="bad_envelope")
     known = _readable(raw)
     if raw.get("specversion") != "1.0" or "id" not in raw or "type" not in raw:
-        raise Refused("the body is no CloudEvents 1.0 object: it needs specversion, id and type", code="bad_envelope", **known)
+        raise Refused(
+            "the body is no CloudEvents 1.0 object: it needs specversion, id and type", code="bad_envelope", **known
+        )
     adapter = _ADAPTERS.get(raw["type"]) if isinstance(raw["type"], str) else None
     if adapter is None:
         raise Refused(f"no command has the type {str(raw['type'])[:120]!r}", code="unknown_type", **known)

@@ -340,7 +340,12 @@ class Event(Outbound):
 
 
 def render_event(
-    data: EventData, *, host: str, subject: str | None = None, traceparent: str | None = None, at: datetime | None = None
+    data: EventData,
+    *,
+    host: str,
+    subject: str | None = None,
+    traceparent: str | None = None,
+    at: datetime | None = None,
 ) -> tuple[bytes, str]:
     """Render an event's envelope without `sequence` and `epoch`, which `seal` puts in once they are known.
 

@@ -82,7 +82,9 @@ class Seed(Inbound):
     """First-boot data for cloud-init: an ISO labelled `cidata` (NoCloud) or `config-2` (config-drive)."""
 
     datasource: Literal["nocloud", "config-drive"] = "nocloud"
-    hostname: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")] | None = None
+    hostname: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$")] | None = (
+        None
+    )
     user_data: SeedText | None = None
     meta_data: dict[Annotated[str, Field(max_length=255)], SeedText] = Field(default_factory=dict, max_length=256)
     network_config: SeedText | None = None

@@ -166,7 +166,8 @@ class Store(Protocol):
 
     async def operations(self, *, unfinished: bool = False, limit: int = 1000) -> list[OperationRecord]:
         """Operations; `unfinished`: in order of arrival, those without final result or with undo pending;
-        otherwise the newest first."""
+        otherwise the newest first.
+        """
 
     async def steps(self, operation_id: str) -> list[StepRecord]:
         """Steps of one operation, in order."""

@@ -65,9 +65,7 @@ OPERATION_COLUMNS = (
     "id, verb, instance_id, body, reply_to, correlation_id, state, accepted_at, attempt, started_at, finished_at,"
     " cancel_requested, undo_pending, error_code, final_body, final_sequence"
 )
-INSERT_OPERATION = (
-    f"INSERT OR IGNORE INTO operations ({OPERATION_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - constants only
-)
+INSERT_OPERATION = f"INSERT OR IGNORE INTO operations ({OPERATION_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - constants only
 UPDATE_OPERATION = (
     "UPDATE operations SET state=?, attempt=?, started_at=?, finished_at=?, cancel_requested=?, undo_pending=?,"
     " error_code=?, final_body=? WHERE id=?"
@@ -82,5 +80,6 @@ UPSERT_INSTANCE = (
 )
 INSERT_EVENT = "INSERT INTO outbox (id, routing_key, body, cc, correlation_id) VALUES (?,?,?,?,?)"
 SELECT_EVENTS = (
-    "SELECT sequence, id, routing_key, body, cc, correlation_id FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?"
+    "SELECT sequence, id, routing_key, body, cc, correlation_id FROM outbox WHERE sequence > ?"
+    " ORDER BY sequence LIMIT ?"
 )

@@ -98,7 +98,9 @@ class SqliteStore:
         self._published.put(sequences)
 
     async def backlog(self, after: int, limit: int) -> list[SequencedEvent]:
-        return await self._submit(lambda db: [event_of(row) for row in db.execute(schema.SELECT_EVENTS, (after, limit))])
+        return await self._submit(
+            lambda db: [event_of(row) for row in db.execute(schema.SELECT_EVENTS, (after, limit))]
+        )
 
     async def last_sequence(self) -> int:
         def read(db: sqlite3.Connection) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
-from support.world import HOST, command, until
 
 from agent.core.capacity import Capacity, Reservations
 from agent.core.context import Context, Deadlines, HostState, now
@@ -25,6 +24,7 @@ from agent.messages.commands import parse_command
 from agent.messages.events import FINAL_STATES
 from agent.store.base import Change, OperationRecord, SequencedEvent, Store
 from agent.store.memory import MemoryStore
+from support.world import HOST, command, until
 
 INSTANCE = "11111111-2222-3333-4444-555555555555"
 Handler = Callable[[Operation, Any], Awaitable[Any]]

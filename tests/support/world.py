@@ -293,10 +293,10 @@ class World:
 
     def send(self, data: CommandData, *, id: str = "", reply_to: str | None = None, **options: Any) -> str:
         """Send a command without waiting."""
-        id = id or new_id()
-        body = render_command(data, id=id, source="/test", host=HOST, **options)
-        self.put(body, key=routing.command_key(data.verb, HOST), reply_to=reply_to, correlation_id=id, message_id=id)
-        return id
+        one = id or new_id()
+        body = render_command(data, id=one, source="/test", host=HOST, **options)
+        self.put(body, key=routing.command_key(data.verb, HOST), reply_to=reply_to, correlation_id=one, message_id=one)
+        return one
 
     async def listen(self, name: str) -> list[Event]:
         """Open a reply queue and return the list of what comes to it."""

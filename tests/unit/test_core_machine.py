@@ -118,9 +118,9 @@ class CoreMachine(RuleBasedStateMachine):
     # --- commands ---------------------------------------------------------------------------------------------
 
     def _send(self, data: CommandData, instance_id: str | None) -> Sent:
-        id = new_id()
-        body = render_command(data, id=id, source="/machine", host=HOST, instance_id=instance_id)
-        sent = Sent(id, data, instance_id, body)
+        command_id = new_id()
+        body = render_command(data, id=command_id, source="/machine", host=HOST, instance_id=instance_id)
+        sent = Sent(command_id, data, instance_id, body)
         self.sent.append(sent)
         self._put(sent)
         return sent
@@ -287,7 +287,7 @@ class CoreMachine(RuleBasedStateMachine):
 
         def answered() -> bool:
             if open_ids:
-                open_ids.difference_update([id for id in open_ids if world.finals(id)])
+                open_ids.difference_update([one for one in open_ids if world.finals(one)])
             return not open_ids
 
         try:
@@ -318,7 +318,7 @@ class CoreMachine(RuleBasedStateMachine):
             assert len(finals) == 1, (sent, [event.data for event in finals])
             assert self.world.of(sent.id)[-1] is finals[0], "something followed the final event"
         self.world.check_sequence()
-        place = {id: event.sequence or 0 for id in {s.id for s in self.sent} for event in self.world.finals(id)}
+        place = {s.id: event.sequence or 0 for s in self.sent for event in self.world.finals(s.id)}
         for instance_id in self.instances:
             lane = [s for s in self.sent if s.instance_id == instance_id and not isinstance(s.data, InstanceShow)]
             ran = [s for s in lane if self.world.finals(s.id)[0].kind != "operation.cancelled"]
@@ -330,8 +330,9 @@ class CoreMachine(RuleBasedStateMachine):
         assert {record.id: record for record in await world.cut.instances()} == records
         domains = {domain.id: domain for domain in await world.ask(world.driver.recover)}
         assert set(domains) == set(records)
-        assert {id: record.observed for id, record in records.items()} == {id: d.power for id, d in domains.items()}
-        files = sorted([f"domains/{id}.json" for id in records] + [f"instances/{id}" for id in records])
+        believed = {record.id: record.observed for record in records.values()}
+        assert believed == {domain.id: domain.power for domain in domains.values()}
+        files = sorted([f"domains/{one}.json" for one in records] + [f"instances/{one}" for one in records])
         assert world.owned_files() == files
         assert await world.cut.operations(unfinished=True) == []
         assert [e.data for e in world.events if e.kind == "host.drift"] == []

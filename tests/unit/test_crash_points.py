@@ -209,9 +209,9 @@ async def test_a_drain_with_work_under_way_and_a_new_start(world: World) -> None
     new = world.send(InstancePause(), instance_id=stuck)
     await until(lambda: world.agent._runner.find(new))
     await world.ask(world.driver.simulate_guest_shutdown, stuck)
-    for id in (stop, behind, new):
-        assert (await world.final(id)).kind == "operation.succeeded"
+    for one in (stop, behind, new):
+        assert (await world.final(one)).kind == "operation.succeeded"
     order = [event.data["operation_id"] for event in world.events if event.kind == "operation.succeeded"]
-    assert [id for id in order if id in (stop, behind, new)] == [stop, behind, new]
+    assert [one for one in order if one in (stop, behind, new)] == [stop, behind, new]
     assert await world.power(stuck) == "paused"
     world.check_sequence()

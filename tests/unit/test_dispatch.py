@@ -194,7 +194,7 @@ async def test_a_stale_generation_does_nothing_and_is_told_the_current_one(world
 async def test_a_newer_generation_fences_those_behind_it_in_the_same_batch(world: World) -> None:
     instance_id = await world.create()
     ids = [world.send(InstanceShow(), instance_id=instance_id, generation=generation) for generation in (5, 4, 6)]
-    kinds = [(await world.final(id)).kind for id in ids]
+    kinds = [(await world.final(one)).kind for one in ids]
     assert kinds == ["operation.succeeded", "operation.rejected", "operation.succeeded"]
 
 
@@ -318,9 +318,9 @@ async def test_one_that_cannot_be_stored_does_not_keep_its_neighbours_out(world:
         return await inner(changes)
 
     monkeypatch.setattr(world.cut.inner, "commit", picky)
-    bodies = {id: handed(world, FixedDelivery(command("host.ping", id=id))) for id in ("one", "bad", "two")}
+    bodies = {name: handed(world, FixedDelivery(command("host.ping", id=name))) for name in ("one", "bad", "two")}
     await until(lambda: all(delivery.settled for delivery in bodies.values()))
-    assert {id: delivery.settled for id, delivery in bodies.items()} == {
+    assert {name: delivery.settled for name, delivery in bodies.items()} == {
         "one": ["ack"],
         "bad": ["reject False"],
         "two": ["ack"],
@@ -405,11 +405,11 @@ async def test_order_per_instance_over_many_batches(world: World) -> None:
         verb = InstancePause() if (number // 4) % 2 == 0 else InstanceResume()
         sent[instance_id].append(world.send(verb, instance_id=instance_id))
     for ids in sent.values():
-        for id in ids:
-            assert (await world.final(id)).data["result"]["changed"] is True, "out of order it would have been no change"
+        for one in ids:
+            assert (await world.final(one)).data["result"]["changed"] is True, "out of order it would have been no change"
     order = [event.data["operation_id"] for event in world.events if event.kind == "operation.succeeded"]
     for ids in sent.values():
-        assert [id for id in order if id in ids] == ids
+        assert [one for one in order if one in ids] == ids
     world.check_sequence()
 
 
@@ -423,7 +423,7 @@ async def test_a_create_and_what_follows_it_at_once(world: World) -> None:
         world.send(InstanceDelete(), instance_id=instance_id),
         world.send(InstanceDelete(), instance_id=instance_id),
     ]
-    finals = [await world.final(id) for id in ids]
+    finals = [await world.final(one) for one in ids]
     assert [event.kind for event in finals] == ["operation.succeeded"] * 3 + ["operation.rejected"]
     assert finals[3].data["error"]["code"] == "unknown_instance"
     await world.quiet()

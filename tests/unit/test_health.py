@@ -80,7 +80,7 @@ async def test_other_requests(probe: Probe, request_bytes: bytes, status: bytes)
 
 
 async def test_a_head_without_end_is_cut_off(probe: Probe) -> None:
-    assert await probe.raw(b"GET /livez HTTP/1.1\r\nX: " + b"a" * 100_000) in (b"",)
+    assert await probe.raw(b"GET /livez HTTP/1.1\r\nX: " + b"a" * 100_000) == b""
 
 
 async def test_a_client_that_says_nothing_is_cut_off(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,8 +150,8 @@ async def test_reading_a_journal_that_nobody_has_open(world: World, tool: Tool) 
 async def test_many_readers_do_not_disturb_the_agent(world: World, tool: Tool) -> None:
     sent = [world.send(HostPing()) for _ in range(100)]
     await asyncio.gather(*(tool("ls") for _ in range(5)))
-    for id in sent:
-        assert (await world.final(id)).kind == "operation.succeeded"
+    for one in sent:
+        assert (await world.final(one)).kind == "operation.succeeded"
 
 
 def test_a_state_dir_without_journal(tmp_path: Path) -> None:

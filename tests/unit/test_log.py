@@ -38,7 +38,8 @@ def test_one_json_object_per_line(logs: io.StringIO) -> None:
 def test_passwords_in_urls_are_masked(logs: io.StringIO, url: str) -> None:
     logger = structlog.get_logger("x")
     logger.info("connecting", url=url, sentence=f"cannot reach {url}: refused")
-    logger.info(f"cannot reach {url}")
+    sentence = f"cannot reach {url}"
+    logger.info(sentence)
     logging.getLogger("aiormq").error("cannot reach %s", url)
     logging.getLogger("aiormq").error("cannot reach %r", {"url": url})
     try:

@@ -65,6 +65,7 @@ def test_a_full_socket_does_not_block(tmp_path: Path, monkeypatch: pytest.Monkey
         (None, None, None), ("30000000", None, 15.0), ("30000000", str(os.getpid()), 15.0), ("30000000", "1", None),
         ("", None, None), ("soon", None, None), ("-5", None, None),
     ],
+    ids=range(7),
 )  # fmt: skip
 def test_the_watchdog_is_fed_twice_within_its_limit(
     usec: str | None, pid: str | None, interval: float | None, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,15 @@ from support.world import Cut, until
 
 from agent.core import runner as runner_module
 from agent.core.operation import Operation
-from agent.errors import Cancelled, ComputeError, DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from agent.errors import (
+    Cancelled,
+    ComputeError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from agent.messages.events import OperationSucceeded
 from agent.store.memory import MemoryStore
 

@@ -73,7 +73,7 @@ class Bench:
         self.task = asyncio.ensure_future(self.outbox.run())
 
     async def commit(self, *ids: str) -> None:
-        await self.journal.commit(Change(events=[event(id) for id in ids]))
+        await self.journal.commit(Change(events=[event(one) for one in ids]))
 
     async def settled(self) -> None:
         await until(lambda: not self.outbox.waiting)
@@ -220,7 +220,7 @@ async def test_a_commit_that_its_waiter_gave_up_is_not_skipped(bench: Bench) -> 
 
 
 async def test_offers_out_of_order_are_published_in_order(bench: Bench) -> None:
-    results = [(await bench.store.commit([Change(events=[event(id)])]))[0].events for id in "abcd"]
+    results = [(await bench.store.commit([Change(events=[event(one)])]))[0].events for one in "abcd"]
     for number in (1, 0, 3, 2):
         bench.outbox.offer(results[number])
         await asyncio.sleep(0)
@@ -253,7 +253,7 @@ async def test_what_is_committed_while_the_backlog_is_read_is_not_skipped(bench:
     assert bench.task is not None
     bench.task.cancel()
     slow = SlowBacklog()
-    slow.__dict__.update({k: v for k, v in bench.store.__dict__.items()})
+    slow.__dict__.update(bench.store.__dict__)
     bench.store = bench.journal.store = slow  # type: ignore[assignment]
     bench.restart()
     bench.line.switch(True)
@@ -312,7 +312,7 @@ async def _play(steps: Sequence[tuple[str, int]]) -> None:
         if what == "commit":
             await bench.commit(*ids(count))
         elif what == "give up":
-            await bench.store.commit([Change(events=[event(id) for id in ids(count)])])
+            await bench.store.commit([Change(events=[event(one) for one in ids(count)])])
         elif what in ("confirm", "fail"):
             for future in open_now[: count + 1]:
                 end(future, Unavailable("no") if what == "fail" else None)

@@ -39,7 +39,7 @@ class _Connection(aio_pika.Connection):
         super().__init__(url)
         self._protocol = _Protocol(url, transport_factory=factory)
 
-    async def connect(self, timeout: float | None = None) -> None:
+    async def connect(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aio-pika's signature
         """Connect and log in."""
         async with asyncio.timeout(timeout):
             await self._protocol.connect()

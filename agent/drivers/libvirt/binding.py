@@ -26,9 +26,7 @@ class LibvirtMissing(Unsupported, ImportError):
 def require() -> None:
     """Raise `LibvirtMissing` if the binding is not installed."""
     if libvirt is None:
-        raise LibvirtMissing(
-            "the libvirt driver needs the Python binding of libvirt; install compute-agent[libvirt]"
-        )
+        raise LibvirtMissing("the libvirt driver needs the Python binding of libvirt; install compute-agent[libvirt]")
 
 
 def constant(name: str) -> int | None:

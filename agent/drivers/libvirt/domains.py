@@ -92,10 +92,7 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
 
 def describe_all(connection: Any) -> list[DomainInfo]:
     """Read every domain: two calls, and two more per domain. One that vanishes meanwhile is left out."""
-    saved = {
-        domain.UUIDString()
-        for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)
-    }
+    saved = {domain.UUIDString() for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)}
     found = []
     for domain in connection.listAllDomains():
         try:

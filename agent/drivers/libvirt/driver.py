@@ -111,9 +111,7 @@ class LibvirtDriver(Driver):
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
             facts = self._hypervisor.facts(connection, instance_id)
-            document = xml.build(
-                instance_id, spec, generation=generation, host=self._host, facts=facts, files=files
-            )
+            document = xml.build(instance_id, spec, generation=generation, host=self._host, facts=facts, files=files)
             try:
                 connection.defineXML(document)
             except libvirt.libvirtError as exc:

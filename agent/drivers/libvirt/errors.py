@@ -104,6 +104,4 @@ def translate(exc: Any) -> ComputeError:
     for rule in RULES:
         if code == constant(rule.code) and (rule.phrase is None or rule.phrase in message):
             return rule.becomes(f"libvirt: {message}", code=rule.agent_code)
-    return Internal(
-        f"libvirt: {message}", code="hypervisor_error", libvirt_code=code, libvirt_domain=domain
-    )
+    return Internal(f"libvirt: {message}", code="hypervisor_error", libvirt_code=code, libvirt_domain=domain)

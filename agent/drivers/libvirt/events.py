@@ -116,8 +116,7 @@ def _agent_lifecycle(instance_id: str, state: int, reason: int) -> DriverEvent:
 def _job_completed(instance_id: str, figures: Mapping[str, Any]) -> DriverEvent:
     operations = _words(
         "VIR_DOMAIN_JOB_OPERATION_",
-        "UNKNOWN START SAVE RESTORE MIGRATION_IN MIGRATION_OUT SNAPSHOT SNAPSHOT_REVERT DUMP BACKUP "
-        "SNAPSHOT_DELETE",
+        "UNKNOWN START SAVE RESTORE MIGRATION_IN MIGRATION_OUT SNAPSHOT SNAPSHOT_REVERT DUMP BACKUP SNAPSHOT_DELETE",
     )
     numbers = {key: value for key, value in figures.items() if isinstance(value, int)}
     event = InstanceJobCompleted(

@@ -98,6 +98,4 @@ def parse_settings(raw: Mapping[str, Any]) -> LibvirtSettings:
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "cpu_mode"
-        raise InvalidArgument(
-            f"driver setting {key!r}: {first['msg']}", code="bad_driver_settings", key=key
-        ) from exc
+        raise InvalidArgument(f"driver setting {key!r}: {first['msg']}", code="bad_driver_settings", key=key) from exc

@@ -131,9 +131,7 @@ def _cpu(domain: ET.Element, facts: HostFacts) -> None:
         _text(cpu, "model", facts.cpu_model, fallback="forbid")
 
 
-def _devices(
-    instance_id: str, spec: InstanceSpec, facts: HostFacts, files: InstanceFiles
-) -> Iterator[ET.Element]:
+def _devices(instance_id: str, spec: InstanceSpec, facts: HostFacts, files: InstanceFiles) -> Iterator[ET.Element]:
     if facts.emulator and facts.domain_type != "test":
         emulator = ET.Element("emulator")
         emulator.text = str(facts.emulator)
