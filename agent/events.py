@@ -145,7 +145,7 @@ class HypervisorEvents:
         change = Change()
         # What was learned since a hint came is newer. `unknown`: it says nothing about power, such as a definition.
         told = [hint for hint, known in hints if known is before and hint.power != "unknown"]
-        for hint, following in zip(told, [*told[1:], None], strict=True):
+        for hint, following in zip(told, [*told[1:], None], strict=False):  # strict fails where nothing was told
             if following is None or following.power != hint.power:  # libvirt says resumed, then started: it booted
                 self._observe(change, instance_id, hint.power, hint.reason)
         if info is not None:

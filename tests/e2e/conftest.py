@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support.fleet_fixtures import broker, libvirtd, session_broker, session_libvirtd, world
 
 from agent.messages.spec import ImageSource
 from devstack.guest_image import GuestImage, guest_image
-from support.fleet_fixtures import broker, libvirtd, session_broker, session_libvirtd, world
 
 __all__ = ["broker", "libvirtd", "session_broker", "session_libvirtd", "world"]
 

@@ -21,6 +21,9 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from support.agent_process import AgentProcess
+from support.fleet import World
+from support.host import clean_libvirt
 
 from agent.messages.commands import (
     CommandData,
@@ -34,9 +37,6 @@ from agent.messages.events import Event
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
-from support.fleet import World
-from support.agent_process import AgentProcess
-from support.host import clean_libvirt
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 

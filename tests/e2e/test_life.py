@@ -7,11 +7,12 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.agent_process import AgentProcess
+from support.fleet import World
 
 from agent.messages.commands import (
     CommandData,
@@ -33,8 +34,6 @@ from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
-from support.fleet import World
-from support.agent_process import AgentProcess
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
@@ -86,11 +85,11 @@ class Host:
 @pytest.fixture
 async def host(
     world: World, libvirtd: PrivateLibvirtd, source: ImageSource, bootable: GuestImage
-) -> AsyncIterator[Host]:
+) -> Host:
     roots = {"images": {"file_roots": [str(bootable.path.resolve().parent)]}}
     agent = await world.libvirt_agent(libvirtd, settings=roots)
     await agent.start()
-    yield Host(world, agent, source)
+    return Host(world, agent, source)
 
 
 async def test_the_whole_life_of_an_instance(host: Host, libvirtd: PrivateLibvirtd) -> None:

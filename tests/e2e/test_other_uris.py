@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.agent_process import AgentProcess
+from support.fleet import World
 
 from agent.messages.commands import (
     CommandData,
@@ -29,8 +31,6 @@ from agent.messages.commands import (
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, RootDisk, Seed, UserNic
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd, PrivateSessionLibvirtd
-from support.fleet import World
-from support.agent_process import AgentProcess
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 

@@ -6,8 +6,8 @@ import asyncio
 import uuid
 
 import pytest
-from support.fleet import World, spec
 from support.agent_process import AgentProcess
+from support.fleet import World, spec
 
 from agent.controller.failures import FINAL_KINDS
 from agent.messages.commands import HostPing, InstanceCreate

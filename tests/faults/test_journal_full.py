@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fleet import World, spec
 from support.agent_process import AgentProcess
+from support.fleet import World, spec
 
 from agent.messages import routing
 from agent.messages.commands import HostPing, InstanceCreate

@@ -11,8 +11,8 @@ import uuid
 from typing import Any
 
 import pytest
-from support.fleet import World, spec
 from support.agent_process import AgentProcess
+from support.fleet import World, spec
 from support.recorder import describe
 
 from agent.messages.commands import InstanceCreate, InstanceDelete, InstanceShow

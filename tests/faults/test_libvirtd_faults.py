@@ -8,8 +8,8 @@ import signal
 import uuid
 
 import pytest
-from support.fleet import World, spec
 from support.agent_process import AgentProcess
+from support.fleet import World, spec
 from support.recorder import describe
 
 from agent.messages.commands import (

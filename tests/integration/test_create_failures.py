@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from support.agent_process import AgentProcess
+from support.fleet import World
 from support.host import clean_libvirt, libvirt_leftovers
 from support.recorder import describe
 
@@ -36,7 +37,6 @@ from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
-from support.fleet import World
 
 pytestmark = pytest.mark.qemu
 

@@ -10,10 +10,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from support.agent_process import AgentProcess
-from support.host import leftovers, libvirt_leftovers
-from support.recorder import Recorder, describe
-
 from agent.bus.amqp import AmqpBus, AmqpSettings
 from agent.controller.client import ComputeClient
 from agent.messages.commands import CommandData, HostPing, InstanceCreate
@@ -21,6 +17,9 @@ from agent.messages.events import Event
 from agent.messages.spec import InstanceSpec, RootDisk
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
+from support.agent_process import AgentProcess
+from support.host import leftovers, libvirt_leftovers
+from support.recorder import Recorder, describe
 
 _numbers = itertools.count(1)
 

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from support.fleet import World
-from support.host import clean_libvirt
 
 from agent.messages.spec import ImageSource
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
+from support.fleet import World
+from support.host import clean_libvirt
 
 
 @pytest.fixture(scope="session")
