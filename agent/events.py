@@ -8,6 +8,7 @@ seen as both. One slow domain never holds up another: each instance has a reader
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -145,7 +146,7 @@ class HypervisorEvents:
         change = Change()
         # What was learned since a hint came is newer. `unknown`: it says nothing about power, such as a definition.
         told = [hint for hint, known in hints if known is before and hint.power != "unknown"]
-        for hint, following in zip(told, [*told[1:], None], strict=False):  # strict fails where nothing was told
+        for hint, following in itertools.zip_longest(told, told[1:]):
             if following is None or following.power != hint.power:  # libvirt says resumed, then started: it booted
                 self._observe(change, instance_id, hint.power, hint.reason)
         if info is not None:

@@ -211,7 +211,7 @@ async def test_lanes_that_stand_still_starve_the_watchdog_and_a_stuck_hypervisor
         patch.setattr(type(world.agent.ctx.executor), "stuck", 1)
         assert moving()
     world.driver.clear_faults()
-    await world.final(created)
+    await world.final(created, 60.0)
     await world.ask(world.driver.simulate_guest_shutdown, instance_id)
     await world.final(stop)
     await world.quiet()

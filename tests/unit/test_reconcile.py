@@ -531,3 +531,24 @@ async def test_a_failed_create_whose_undo_is_pending_is_neither_adopted_nor_miss
     assert world.owned_files() == []
     assert await world.cut.operations(unfinished=True) == []
     assert len(world.finals(done.data["operation_id"])) == 1
+
+
+async def test_a_hint_that_says_nothing_about_power_is_still_a_reason_to_read(world: World) -> None:
+    instance_id = await world.create()
+    world.driver.emit(PowerChanged(instance_id, "unknown", "defined"))
+    await world.ask(world.driver.simulate_crash, instance_id)
+    await until(lambda: world.agent.ctx.instances.get(instance_id).observed == "crashed")
+    world.driver.emit(PowerChanged(instance_id, "unknown", "undefined"))
+    await world.quiet()
+    assert not [task for task in world.agent._events._tasks if task.done()], "no reader died of it"
+    assert world.agent.ctx.instances.get(instance_id).observed == "crashed"
+
+
+async def test_a_start_from_outside_is_told_as_a_boot(world: World) -> None:
+    """libvirt says resumed, then started, within one turn."""
+    instance_id = await world.create(start=False)
+    await world.ask(world.driver.start, instance_id)
+    world.driver.emit(PowerChanged(instance_id, "running", "resumed"))
+    world.driver.emit(PowerChanged(instance_id, "running", "booted"))
+    await until(lambda: world.agent.ctx.instances.get(instance_id).observed == "running")
+    assert world.agent.ctx.instances.get(instance_id).reason == "booted"
