@@ -23,4 +23,5 @@ async def rig(no_blocking: BlockBuster) -> AsyncIterator[Rig]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo without pauses; say at once that work was accepted and started."""
     monkeypatch.setattr(operation, "UNDO_PAUSE_S", 0.0)
+    monkeypatch.setattr(operation, "CALL_PAUSE_S", 0.0)
     monkeypatch.setattr(runner, "SILENCE_S", 0.0)
