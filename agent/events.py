@@ -160,7 +160,8 @@ class HypervisorEvents:
                 "query", self._ctx.driver.get, instance_id, deadline_s=self._ctx.deadlines.query_s
             )
         except NotFound:
-            await reconcile(self._ctx, self._runner, resync=False)
+            state = self._ctx.state
+            await reconcile(self._ctx, self._runner, resync=False, needed=lambda: instance_id in state.foreign)
         except ComputeError as exc:
             log.info("events.read_failed", instance=instance_id, code=exc.code)
         else:

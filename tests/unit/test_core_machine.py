@@ -281,21 +281,19 @@ class CoreMachine(RuleBasedStateMachine):
         world.broker.refuse(False)
         await world.ask(world.driver.clear_faults)
         await world.ask(world.driver.reconnect)
-        await world.agent.wait_ready(10)
-        await until(world.agent.ctx.state.connected.is_set)
         open_ids = {sent.id for sent in self.sent}
 
         def answered() -> bool:
-            if open_ids:
+            state = world.agent.ctx.state
+            if open_ids and state.ready and state.connected.is_set():
                 open_ids.difference_update([one for one in open_ids if world.finals(one)])
-            return not open_ids
+            return not open_ids and state.ready and state.connected.is_set()
 
         try:
             # The cut may strike yet, where it was on its way.
             while not answered():
-                await until(lambda: answered() or self.world.cut.happened.is_set(), 15)
+                await until(lambda: answered() or world.cut.happened.is_set(), 15)
                 await self._mend()
-            await world.agent.wait_ready(10)
         except TimeoutError:
             raise AssertionError(f"no final event: {[s for s in self.sent if s.id in open_ids]}") from None
         await world.quiet()
