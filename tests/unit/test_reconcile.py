@@ -300,6 +300,14 @@ async def test_many_new_foreign_domains_cost_few_readings(world: World) -> None:
     await world.do(InstanceDelete(), instance_id=instance_id)
     await world.quiet()
     assert len(calls) == before, "the last words of a domain of ours are no reason to read everything"
+    for foreign in list(world.agent.ctx.state.foreign):
+        await world.ask(world.driver._hypervisor.domains.remove, world.driver._hypervisor.domains.get(foreign))
+    for foreign in list(world.agent.ctx.state.foreign):
+        world.driver.emit(PowerChanged(foreign, "unknown", "undefined"))
+    await until(lambda: not world.agent.ctx.state.foreign)
+    await world.quiet()
+    assert drifts(world).count("foreign-domain-gone") == 20
+    assert len(calls) <= before + 2, "all that are gone are found at once"
 
 
 async def test_a_read_in_flight_does_not_make_an_instance_busy(world: World, held: Callable[[str], Held]) -> None:
