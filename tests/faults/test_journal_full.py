@@ -66,17 +66,19 @@ async def agent(tiny_disk: TinyDisk, world: World) -> AgentProcess:
 
 
 async def kept_by_broker(broker: PrivateBroker, host: str, count: int) -> None:
-    """Expect that the broker keeps so many commands for the host, delivered or not.
+    """Wait until the broker keeps so many commands for the host, delivered or not.
 
-    It counts a quorum queue's messages anew every five seconds only, so the figure may be old for a while.
+    It counts a quorum queue's messages anew every five seconds only, so the figure may be old for a while; how often
+    it can be asked meanwhile is a matter of the machine.
     """
     wanted = f"{routing.host_queue(host)}\t{count}"
     listed = ""
-    for _ in range(10):
-        listed = await asyncio.to_thread(broker.ctl, "list_queues", "name", "messages")
-        if wanted in listed.splitlines():
-            return
-    raise AssertionError(f"the broker keeps not {count} commands of {host}:\n{listed}")
+    try:
+        async with asyncio.timeout(30):
+            while wanted not in listed.splitlines():
+                listed = await asyncio.to_thread(broker.ctl, "list_queues", "name", "messages")
+    except TimeoutError:
+        raise AssertionError(f"the broker keeps not {count} commands of {host}:\n{listed}") from None
 
 
 def journaled(agent: AgentProcess, commands: list[str]) -> list[str]:
