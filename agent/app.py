@@ -19,7 +19,7 @@ from agent.bus.base import Bus, Subscription
 from agent.bus.topology import host_topology, shared_topology
 from agent.config import Settings
 from agent.core.capacity import Capacity
-from agent.core.context import Context, HostState
+from agent.core.context import Context, HostState, now
 from agent.core.dispatch import Dispatcher
 from agent.core.instances import Instances
 from agent.core.journal import Journal
@@ -32,7 +32,9 @@ from agent.drivers.executor import DriverExecutor
 from agent.drivers.registry import load_driver
 from agent.errors import ComputeError, DeadlineExceeded, Unavailable
 from agent.events import HypervisorEvents
-from agent.handlers import create, delete, host, operation, power, read
+from agent.handlers import host, operation
+from agent.handlers.due import issue_due
+from agent.handlers.routes import ROUTES
 from agent.health import HealthServer, Watchdog
 from agent.identity import compute_id
 from agent.images.cache import ImageCache
@@ -121,10 +123,7 @@ class Agent:
         self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
         self._registry = Registry(
             (
-                *create.ROUTES,
-                *delete.ROUTES,
-                *power.ROUTES,
-                *read.ROUTES,
+                *ROUTES,
                 *host.routes(lambda: self._heartbeat.build()),  # noqa: PLW0108 - made after the routes
                 *operation.routes(lambda: self._runner),
             )
@@ -152,6 +151,7 @@ class Agent:
         periodic = self.settings.periodic
         chores = Chores(self.ctx, self._runner, self._outbox, self._lanes, keep_operations_s=periodic.keep_operations_s)
         self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
+        self._own("due", every("due", periodic.due_s, lambda: issue_due(self.ctx, self._runner, now())))
         self._own("prune", every("prune", periodic.prune_s, chores.prune))
         self._own("requests", every("requests", periodic.requests_s, chores.requests))
         self._own("gauges", every("gauges", periodic.heartbeat_s, chores.gauges))

@@ -113,6 +113,7 @@ class PeriodicSection(Section):
 
     heartbeat_s: Seconds = Field(default=10.0, description="Between heartbeats; changes are told at once.")
     reconcile_s: Seconds = Field(default=60.0, description="Between comparisons of journal and hypervisor.")
+    due_s: Seconds = Field(default=5.0, description="Between looks for instances whose deadlines have passed.")
     prune_s: Seconds = Field(default=3600.0, description="Between prunings of the journal.")
     requests_s: Seconds = Field(default=5.0, description="Between looks for requests of the journal tool.")
     keep_operations_s: Seconds = Field(default=7 * 86_400.0, description="How long ended operations answer duplicates.")

@@ -24,8 +24,8 @@ from agent.controller.pending import EventCallback, Pending
 from agent.controller.stream import EventStream
 from agent.errors import Conflict, DeadlineExceeded, Internal, InvalidArgument, Unavailable, Unroutable
 from agent.messages import routing
-from agent.messages.commands import CommandData
 from agent.messages.events import HostHeartbeat, OperationSucceeded, parse_event
+from agent.messages.verb import CommandData
 
 _log = structlog.get_logger("controller")
 _REPLY_PREFETCH = 256

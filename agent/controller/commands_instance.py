@@ -23,7 +23,6 @@ from agent.controller.session import Session, pass_session
 from agent.controller.specfile import load_spec
 from agent.messages.commands import (
     MAX_COMMAND_BYTES,
-    CommandData,
     InstanceCreate,
     InstanceDelete,
     InstanceList,
@@ -35,6 +34,7 @@ from agent.messages.commands import (
     InstanceStop,
 )
 from agent.messages.events import OperationSucceeded
+from agent.messages.verb import CommandData
 
 CREATE_TIMEOUT_S = 1800.0
 """A create may have to fetch its image."""

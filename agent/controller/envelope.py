@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from agent.errors import InvalidArgument
 from agent.messages import routing
-from agent.messages.commands import ENVELOPES, MAX_COMMAND_BYTES, CommandData, type_of
+from agent.messages.commands import ENVELOPES, MAX_COMMAND_BYTES, type_of
+from agent.messages.verb import CommandData
 
 
 class CommandOptions(TypedDict, total=False):

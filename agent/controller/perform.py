@@ -12,8 +12,8 @@ from agent.controller.client import ComputeClient
 from agent.controller.options import Sending
 from agent.controller.progress import Progress
 from agent.controller.session import Session
-from agent.messages.commands import CommandData
 from agent.messages.events import OperationSucceeded
+from agent.messages.verb import CommandData
 
 DEFAULT_TIMEOUT_S = 60.0
 AT_ONCE = Sending(command_id=None, generation=None, expires_in_s=None, wait=True)

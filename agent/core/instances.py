@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from agent.core.context import now
 from agent.errors import DeadlineExceeded, NotFound
 from agent.messages.events import DesiredState, InstanceState, PowerState
+from agent.messages.life import Life
+from agent.messages.spec import InstanceSpec
 from agent.store.base import InstanceRecord
 
 
@@ -71,6 +73,8 @@ class Instances:
         desired: DesiredState | None = None,
         reason: str | None = None,
         generation: int | None = None,
+        spec: InstanceSpec | None = None,
+        life: Life | None = None,
     ) -> InstanceRecord:
         """Change an instance in memory and return the record for the caller to commit. Raises `NotFound`."""
         old = self.get(instance_id)
@@ -80,6 +84,8 @@ class Instances:
             desired=desired or old.desired,
             reason=reason or old.reason,
             generation=max(old.generation, generation or 0),
+            spec=spec or old.spec,
+            life=old.life if life is None else life,
             updated_at=now(),
         )
         self._records[instance_id] = record

@@ -118,6 +118,7 @@ class _Difference:
             created_by="",
             created_at=at,
             updated_at=at,
+            life=domain.life,
         )
         self._ctx.instances.put(record)
         self._drift("adopted", domain.name, "rebuilt from the domain's own metadata", domain.id)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from agent.drivers.verbs import host, memory, rebuild, resize, snapshot
 from agent.errors import Unsupported
 from agent.messages.events import HypervisorEvent, NumaCell, PowerState
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 from agent.messages.types import ImageFormat
 
@@ -45,7 +47,14 @@ class Capabilities:
     """Kinds (`instance.io-error` …) that this driver can emit."""
 
 
-OPTIONAL_VERBS: frozenset[str] = frozenset({"instance.pause", "instance.resume", "instance.reboot", "console.log"})
+OPTIONAL_VERBS: frozenset[str] = frozenset(
+    {"instance.pause", "instance.resume", "instance.reboot", "console.log"}
+    | memory.VERBS
+    | resize.VERBS
+    | snapshot.VERBS
+    | rebuild.VERBS
+    | host.VERBS
+)
 """Verbs that a driver may lack; an unannounced one is refused by name before the driver is called."""
 
 
@@ -53,7 +62,7 @@ OPTIONAL_VERBS: frozenset[str] = frozenset({"instance.pause", "instance.resume",
 class DomainInfo:
     """What the hypervisor says about one domain. `owned` is true if it carries our ownership marker.
 
-    `spec`, `generation` and `desired` come from the domain's own metadata, so that a lost journal can be rebuilt;
+    `spec`, `generation` and `life` come from the domain's own metadata, so that a lost journal can be rebuilt;
     they are None where the domain is foreign. `memory_mib` and `vcpus` are the domain's maximum.
     """
 
@@ -66,6 +75,7 @@ class DomainInfo:
     memory_mib: int
     spec: InstanceSpec | None = None
     generation: int | None = None
+    life: Life = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +160,7 @@ class CallContext:
     cancelled: Callable[[], bool] = field(default=lambda: False)
 
 
-class Driver(ABC):
+class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, rebuild.RebuildVerbs, host.HostVerbs, ABC):
     """One hypervisor. Constructed with a `DriverContext`; the constructor does no I/O and validates `settings`
     (raising `InvalidArgument` that names the key).
     """
@@ -223,9 +233,11 @@ class Driver(ABC):
         """Remove every file that `create_storage` and the domain's life made, console log included."""
 
     @abstractmethod
-    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int) -> None:
-        """Define the persistent domain with spec, generation and ownership marker in its metadata; not started.
+    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
+        """Define the persistent domain with spec, generation, life and ownership marker in its metadata; not started.
 
+        A domain that is there is redefined in place: it never loses its definition on the way, and what its guest
+        sees of the hardware (machine type, device addresses) stays as it was made. A guest that runs is not touched.
         Raises `AlreadyExists` if the name belongs to another domain, or the id to a foreign one.
         """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent.drivers.base import InstanceDetails
+from agent.messages.life import ORDINARY
 from agent.messages.results import InstanceView
 from agent.store.base import InstanceRecord
 
@@ -20,6 +21,7 @@ def instance_view(record: InstanceRecord, details: InstanceDetails | None = None
         reason=record.reason,
         generation=record.generation,
         spec=record.spec.model_copy(update={"seed": None}),
+        life=None if record.life == ORDINARY else record.life,
         created_at=record.created_at,
         updated_at=record.updated_at,
     )

@@ -17,10 +17,11 @@ from pydantic_core import core_schema
 
 from agent.messages import events, routing
 from agent.messages.codes import ERROR_CODES
-from agent.messages.commands import COMMANDS, ENVELOPES, CommandData, type_of
+from agent.messages.commands import COMMANDS, ENVELOPES, type_of
 from agent.messages.events import EVENTS, Event, EventData, HostHeartbeat, OperationEvent, OperationSucceeded
 from agent.messages.results import RESULTS
 from agent.messages.types import HOST_PATTERN
+from agent.messages.verb import CommandData
 
 CONTRACT_VERSION: Final = "1.0.0"
 """Of the contract, not of the agent. The second number rises when something is added, the first one never does

@@ -13,18 +13,13 @@ from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints, TypeAd
 from pydantic_core import from_json
 
 from agent.errors import InvalidArgument
+from agent.messages import verbs_host, verbs_image, verbs_memory, verbs_rebuild, verbs_resize, verbs_snapshot
 from agent.messages.spec import InstanceSpec
 from agent.messages.types import CommandId, Generation, HostName, Inbound, InstanceId, TimeoutS
+from agent.messages.verb import CommandData
 
 MAX_COMMAND_BYTES = 1024 * 1024
 """A larger body is refused before it is parsed; the largest valid create stays below a quarter of it."""
-
-
-class CommandData(Inbound):
-    """Base of every command's `data`. `verb` is `<noun>.<verb>`; `subject_required` says if it names an instance."""
-
-    verb: ClassVar[str]
-    subject_required: ClassVar[bool] = True
 
 
 class InstanceCreate(CommandData):
@@ -194,6 +189,12 @@ COMMANDS: tuple[type[CommandData], ...] = (
     HostSetEnabled,
     OperationShow,
     OperationCancel,
+    *verbs_memory.COMMANDS,
+    *verbs_resize.COMMANDS,
+    *verbs_image.COMMANDS,
+    *verbs_snapshot.COMMANDS,
+    *verbs_rebuild.COMMANDS,
+    *verbs_host.COMMANDS,
 )
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from agent.messages import verbs_host, verbs_image, verbs_memory, verbs_rebuild, verbs_resize, verbs_snapshot
 from agent.messages.events import DesiredState, HostHeartbeat, OperationState, PowerState, Problem
+from agent.messages.life import Life
 from agent.messages.spec import InstanceSpec
 from agent.messages.types import Outbound
 
 
 class InstanceView(Outbound):
-    """One instance. `vnc_address`, `mac_addresses` and `disk_paths` only where it was asked for by `show`."""
+    """One instance. `life` only where something special is the matter.
+
+    `vnc_address`, `mac_addresses` and `disk_paths` only where it was asked for by `show`.
+    """
 
     id: str
     name: str
@@ -19,6 +24,7 @@ class InstanceView(Outbound):
     reason: str
     generation: int
     spec: InstanceSpec
+    life: Life | None = None
     created_at: datetime
     updated_at: datetime
     vnc_address: str | None = None
@@ -137,5 +143,11 @@ RESULTS: dict[str, type[Outbound]] = {
     "host.set-enabled": HostEnabledResult,
     "operation.show": OperationView,
     "operation.cancel": CancelResult,
+    **verbs_memory.RESULTS,
+    **verbs_resize.RESULTS,
+    **verbs_image.RESULTS,
+    **verbs_snapshot.RESULTS,
+    **verbs_rebuild.RESULTS,
+    **verbs_host.RESULTS,
 }
 """Verb → what its `operation.succeeded` carries as `result`."""

@@ -6,44 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from agent.messages.types import (
-    DiskMib,
-    ImageFormat,
-    Inbound,
-    InterfaceName,
-    LongPattern,
-    MacAddress,
-    MemoryMib,
-    Name,
-    Sha256,
-    Vcpus,
-)
+from agent.messages.spec_disks import Boot, Disk, ImageSource, RootDisk
+from agent.messages.spec_limits import CpuLimits, NicLimits
+from agent.messages.spec_machine import Cpu, Machine, MemoryBacking, NumaNode, Share, Video, Watchdog
+from agent.messages.spec_policy import Policy
+from agent.messages.types import Inbound, InterfaceName, LongPattern, MacAddress, MemoryMib, Name, Vcpus
 
-Url = Annotated[str, LongPattern(r"^(https?|file)://[!-~]{1,2000}$")]
-"""An image's address: http, https, or file with an absolute path; printable ASCII without spaces."""
+__all__ = ["BridgeNic", "ImageSource", "InstanceSpec", "NetworkNic", "Nic", "NicBase", "RootDisk", "Seed", "UserNic"]
 
 SeedText = Annotated[str, Field(max_length=64 * 1024)]
-
-
-class ImageSource(Inbound):
-    """Where an image comes from and what its bytes must be.
-
-    `sha256` is of the bytes at `url`. `format` is a claim that is checked against what the bytes are. The image is
-    refused above `max_size_mib` (of download, not of virtual size).
-    """
-
-    url: Url
-    sha256: Sha256
-    format: ImageFormat
-    max_size_mib: DiskMib | None = None
-
-
-class RootDisk(Inbound):
-    """The root disk: an overlay on `image`, or an empty disk without one. `size_mib` is its virtual size."""
-
-    size_mib: DiskMib
-    image: ImageSource | None = None
-    bus: Literal["virtio", "sata", "scsi"] = "virtio"
 
 
 class NicBase(Inbound):
@@ -51,6 +22,7 @@ class NicBase(Inbound):
 
     mac: MacAddress | None = None
     model: Literal["virtio", "e1000", "e1000e", "rtl8139"] = "virtio"
+    limits: NicLimits | None = None
 
 
 class NetworkNic(NicBase):
@@ -92,12 +64,19 @@ class Seed(Inbound):
 
 
 class InstanceSpec(Inbound):
-    """The whole definition of an instance, independent of the driver. Stored in the domain's own metadata."""
+    """The whole definition of an instance, independent of the driver. Stored in the domain's own metadata.
+
+    `max_vcpus` and `max_memory_mib` are how far a live resize can go; None: no further than now.
+    """
 
     name: Name
     vcpus: Vcpus
     memory_mib: MemoryMib
+    max_vcpus: Vcpus | None = None
+    max_memory_mib: MemoryMib | None = None
     root_disk: RootDisk
+    disks: list[Disk] = Field(default_factory=list, max_length=20)
+    boot: Boot = Field(default_factory=Boot)
     nics: list[Nic] = Field(default_factory=list, max_length=16)
     seed: Seed | None = None
     firmware_acpi: bool = True
@@ -105,6 +84,15 @@ class InstanceSpec(Inbound):
     balloon: bool = True
     guest_agent: bool = True
     vnc: bool = False
+    cpu: Cpu = Field(default_factory=Cpu)
+    cpu_limits: CpuLimits = Field(default_factory=CpuLimits)
+    machine: Machine = Field(default_factory=Machine)
+    numa: list[NumaNode] = Field(default_factory=list, max_length=64)
+    memory_backing: MemoryBacking = Field(default_factory=MemoryBacking)
+    shares: list[Share] = Field(default_factory=list, max_length=16)
+    watchdog: Watchdog | None = None
+    video: Video | None = None
+    policy: Policy = Field(default_factory=Policy)
     labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict, max_length=64)
 
     @model_validator(mode="after")
@@ -112,4 +100,22 @@ class InstanceSpec(Inbound):
         macs = [nic.mac for nic in self.nics if nic.mac]
         if len(macs) != len(set(macs)):
             raise ValueError("two NICs have the same mac; give each its own or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_disks(self) -> InstanceSpec:
+        names = ["root", *(disk.name for disk in self.disks)]
+        if len(names) != len(set(names)):
+            raise ValueError("two disks have the same name, or one is called root; give each its own")
+        unknown = [name for name in self.boot.order if name not in names]
+        if unknown:
+            raise ValueError(f"boot.order names {unknown[0]!r}, which is none of the disks")
+        return self
+
+    @model_validator(mode="after")
+    def _room_to_grow(self) -> InstanceSpec:
+        if self.max_vcpus is not None and self.max_vcpus < self.vcpus:
+            raise ValueError("max_vcpus is smaller than vcpus")
+        if self.max_memory_mib is not None and self.max_memory_mib < self.memory_mib:
+            raise ValueError("max_memory_mib is smaller than memory_mib")
         return self

@@ -68,8 +68,11 @@ MemoryMib = Annotated[int, Field(ge=16, le=16 * 1024 * 1024)]
 DiskMib = Annotated[int, Field(ge=1, le=64 * 1024 * 1024)]
 TimeoutS = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 
-ImageFormat = Literal["qcow2", "raw"]
+ImageFormat = Literal["qcow2", "raw", "vmdk", "vhdx"]
 """Image formats a disk can be made from."""
+
+DiskFormat = Literal["qcow2", "raw"]
+"""Formats that disks have on the host, and images in the cache."""
 
 
 class Inbound(BaseModel):

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 from agent.messages.events import FINAL_STATES, DesiredState, OperationState, PowerState
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
 
@@ -72,6 +73,7 @@ class InstanceRecord:
     created_by: str
     created_at: datetime
     updated_at: datetime
+    life: Life = ORDINARY
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 from agent.store.base import InstanceRecord, OperationRecord, PendingEvent, SequencedEvent, StepRecord
 
@@ -99,6 +100,7 @@ def instance_row(record: InstanceRecord) -> tuple[Any, ...]:
         record.created_by,
         record.created_at.timestamp(),
         record.updated_at.timestamp(),
+        None if record.life == ORDINARY else record.life.model_dump_json(exclude_none=True).encode(),
     )
 
 
@@ -114,6 +116,7 @@ def instance_of(row: tuple[Any, ...]) -> InstanceRecord:
         created_by=row[6],
         created_at=_time(row[7]),
         updated_at=_time(row[8]),
+        life=ORDINARY if row[9] is None else Life.model_validate_json(row[9]),
     )
 
 

@@ -56,6 +56,7 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE TABLE requests (operation_id TEXT PRIMARY KEY) WITHOUT ROWID;
     """,
+    "ALTER TABLE instances ADD COLUMN life BLOB;",
 )
 
 OPEN_WHERE = "state IN ('accepted', 'running', 'undoing') OR undo_pending = 1"
@@ -76,7 +77,7 @@ SELECT_OPERATION = f"SELECT {OPERATION_COLUMNS} FROM operations"  # noqa: S608 -
 UPSERT_STEP = "INSERT OR REPLACE INTO steps (operation_id, step, name, state, output) VALUES (?,?,?,?,?)"
 UPSERT_INSTANCE = (
     "INSERT OR REPLACE INTO instances (id, spec, generation, desired, observed, reason, created_by, created_at,"
-    " updated_at) VALUES (?,?,?,?,?,?,?,?,?)"
+    " updated_at, life) VALUES (?,?,?,?,?,?,?,?,?,?)"
 )
 INSERT_EVENT = "INSERT INTO outbox (id, routing_key, body, cc, correlation_id) VALUES (?,?,?,?,?)"
 SELECT_EVENTS = (

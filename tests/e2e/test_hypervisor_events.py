@@ -25,16 +25,10 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 from support.host import clean_libvirt
 
-from agent.messages.commands import (
-    CommandData,
-    ConsoleLog,
-    InstanceCreate,
-    InstanceDelete,
-    InstanceResume,
-    InstanceStart,
-)
+from agent.messages.commands import ConsoleLog, InstanceCreate, InstanceDelete, InstanceResume, InstanceStart
 from agent.messages.events import Event
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
+from agent.messages.verb import CommandData
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 

@@ -15,7 +15,6 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 
 from agent.messages.commands import (
-    CommandData,
     ConsoleLog,
     HostSetEnabled,
     HostShow,
@@ -32,6 +31,7 @@ from agent.messages.commands import (
 )
 from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
+from agent.messages.verb import CommandData
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 

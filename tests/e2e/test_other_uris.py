@@ -15,7 +15,6 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 
 from agent.messages.commands import (
-    CommandData,
     ConsoleLog,
     HostShow,
     InstanceCreate,
@@ -29,6 +28,7 @@ from agent.messages.commands import (
     InstanceStop,
 )
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, RootDisk, Seed, UserNic
+from agent.messages.verb import CommandData
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd, PrivateSessionLibvirtd
 

@@ -24,7 +24,6 @@ from support.host import clean_libvirt, libvirt_leftovers
 from support.recorder import describe
 
 from agent.messages.commands import (
-    CommandData,
     HostShow,
     InstanceCreate,
     InstanceDelete,
@@ -35,6 +34,7 @@ from agent.messages.commands import (
 )
 from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed
+from agent.messages.verb import CommandData
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
 

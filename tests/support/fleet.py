@@ -12,9 +12,10 @@ from typing import Any
 
 from agent.bus.amqp import AmqpBus, AmqpSettings
 from agent.controller.client import ComputeClient
-from agent.messages.commands import CommandData, HostPing, InstanceCreate
+from agent.messages.commands import HostPing, InstanceCreate
 from agent.messages.events import Event
 from agent.messages.spec import InstanceSpec, RootDisk
+from agent.messages.verb import CommandData
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
 from support.agent_process import AgentProcess

@@ -26,9 +26,10 @@ from agent.controller.envelope import render_command
 from agent.drivers.fake import FakeDriver
 from agent.errors import ComputeError, NotFound
 from agent.messages import routing
-from agent.messages.commands import CommandData, InstanceCreate
+from agent.messages.commands import InstanceCreate
 from agent.messages.events import FINAL_STATES, Event, OperationSucceeded, parse_event
 from agent.messages.spec import InstanceSpec, RootDisk
+from agent.messages.verb import CommandData
 from agent.store.base import Change, Committed, Store
 from agent.store.memory import MemoryStore
 from agent.store.sqlite import SqliteStore

@@ -79,7 +79,7 @@ def test_a_number_of_a_million_digits_as_type() -> None:
     [
         (command("host.ping", {"surprise": 1}), "surprise"),
         (command("host.ping", colour="red"), "colour"),
-        (command("instance.create", create(cpu=1), subject=INSTANCE), "cpu"),
+        (command("instance.create", create(cpus=1), subject=INSTANCE), "cpus"),
         (command("instance.create", create(root_disk={"size_mib": 1, "path": "/etc"}), subject=INSTANCE), "path"),
     ],
 )

@@ -38,14 +38,23 @@ def test_the_minimal_example_is_minimal() -> None:
     assert spec.model_fields_set == {n for n, f in InstanceSpec.model_fields.items() if f.is_required()}
 
 
-def _unset(model: BaseModel, at: str = "") -> list[str]:
-    found = [f"{at}{name}" for name in type(model).model_fields if name not in model.model_fields_set]
-    for name in type(model).model_fields:
-        value = getattr(model, name)
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, BaseModel):
-                found += _unset(item, f"{at}{name}.")
-    return found
+def _unset(model: BaseModel) -> list[str]:
+    """Fields that no model of their class sets: some exclude each other, and are shown side by side."""
+    classes: dict[type[BaseModel], set[str]] = {}
+
+    def look(item: BaseModel) -> None:
+        classes.setdefault(type(item), set()).update(item.model_fields_set)
+        for name in type(item).model_fields:
+            value = getattr(item, name)
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, BaseModel):
+                    look(part)
+
+    look(model)
+    shown = {(parent, name) for cls, names in classes.items() for parent in cls.__mro__ for name in names}
+    declared = {(next(p for p in reversed(cls.__mro__) if name in getattr(p, "model_fields", {})), name)
+                for cls in classes for name in cls.model_fields}
+    return sorted(f"{cls.__name__}.{name}" for cls, name in declared - shown)
 
 
 def test_json_and_yaml_say_the_same() -> None:

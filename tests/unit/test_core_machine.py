@@ -28,7 +28,6 @@ from agent.drivers.fake.settings import Fault
 from agent.errors import ComputeError, Unavailable
 from agent.messages import routing
 from agent.messages.commands import (
-    CommandData,
     HostPing,
     InstanceCreate,
     InstanceDelete,
@@ -41,6 +40,7 @@ from agent.messages.commands import (
     OperationCancel,
     parse_command,
 )
+from agent.messages.verb import CommandData
 
 POWER: dict[type[CommandData], str] = {
     InstanceStart: "running",

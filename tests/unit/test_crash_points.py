@@ -13,7 +13,6 @@ from support.world import World, new_id, spec, until
 
 from agent.drivers.fake.settings import Fault
 from agent.messages.commands import (
-    CommandData,
     InstanceCreate,
     InstanceDelete,
     InstancePause,
@@ -22,6 +21,7 @@ from agent.messages.commands import (
     InstanceStop,
     OperationCancel,
 )
+from agent.messages.verb import CommandData
 
 VERBS: dict[str, tuple[CommandData, str]] = {
     "create": (InstanceCreate(spec=spec("vm")), "running"),

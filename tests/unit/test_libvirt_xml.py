@@ -8,19 +8,20 @@ from hypothesis import strategies as st
 from libvirt_specs import INSTANCE_ID, SPECS
 from lxml import etree
 
-from agent.drivers.libvirt import xml
+from agent.drivers.libvirt import xml, xml_devices
+from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
+from agent.drivers.libvirt.volumes import Location
 from agent.errors import InvalidArgument
 from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
-FILES = xml.InstanceFiles(
-    disk=Path("/srv/it's <odd> & \"strange\"/disk.qcow2"),
-    disk_format="qcow2",
+FILES = InstanceFiles(
+    disks={"root": Location("file", Path("/srv/it's <odd> & \"strange\"/disk.qcow2"), "qcow2")},
     seed=Path("/srv/i/seed.iso"),
     console_log=Path("/srv/i/console.log"),
 )
 FACTS = st.builds(
-    xml.HostFacts,
+    HostFacts,
     domain_type=st.sampled_from(["kvm", "qemu"]),
     architecture=st.sampled_from(["x86_64", "aarch64"]),
     machine=st.sampled_from([None, "q35", "pc", "pc-q35-7.2", "pc-i440fx-7.2", "virt"]),
@@ -30,7 +31,7 @@ FACTS = st.builds(
     disk_cache=st.sampled_from(["none", "writeback", "writethrough", "directsync", "unsafe"]),
     vnc_listen=st.sampled_from(["127.0.0.1", "::1"]),
 )
-PLAIN = xml.HostFacts(
+PLAIN = HostFacts(
     domain_type="qemu",
     architecture="x86_64",
     machine="q35",
@@ -43,7 +44,7 @@ PLAIN = xml.HostFacts(
 SMALL = InstanceSpec(name="vm", vcpus=1, memory_mib=64, root_disk=RootDisk(size_mib=1))
 
 
-def build(spec: InstanceSpec, facts: xml.HostFacts = PLAIN) -> etree._Element:
+def build(spec: InstanceSpec, facts: HostFacts = PLAIN) -> etree._Element:
     text = xml.build(INSTANCE_ID, spec, generation=7, host="h1", facts=facts, files=FILES)
     return etree.fromstring(text)
 
@@ -60,20 +61,20 @@ def schema() -> etree.RelaxNG:
 def test_every_definition_is_valid_by_libvirts_own_schema(schema, spec, facts):
     document = build(spec, facts)
     assert schema.validate(document), schema.error_log
-    assert document.find("devices/disk/source").get("file") == str(FILES.disk)
+    assert document.find("devices/disk/source").get("file") == str(FILES.disks["root"].path)
 
 
 @settings(max_examples=30, deadline=None)
 @given(spec=SPECS)
 def test_a_simulated_domain_is_valid_too(schema, spec):
-    facts = xml.HostFacts("test", "i686", None, "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts("test", "i686", None, "auto", None, None, "none", "127.0.0.1")
     document = build(spec, facts)
     assert schema.validate(document), schema.error_log
     assert document.find("devices/serial") is None
 
 
 def test_custom_cpu_model_is_valid(schema):
-    facts = xml.HostFacts("qemu", "x86_64", "q35", "custom", "qemu64", None, "none", "127.0.0.1")
+    facts = HostFacts("qemu", "x86_64", "q35", "custom", "qemu64", None, "none", "127.0.0.1")
     document = build(SMALL, facts)
     assert schema.validate(document), schema.error_log
     assert document.findtext("cpu/model") == "qemu64"
@@ -87,8 +88,8 @@ def test_the_schema_can_fail(schema):
 
 @given(spec=SPECS)
 def test_macs_are_stable_distinct_and_unicast(spec):
-    first = xml.mac_addresses(INSTANCE_ID, spec.nics)
-    assert first == xml.mac_addresses(INSTANCE_ID, spec.nics)
+    first = xml_devices.mac_addresses(INSTANCE_ID, spec.nics)
+    assert first == xml_devices.mac_addresses(INSTANCE_ID, spec.nics)
     assert len(set(first)) == len(spec.nics)
     for nic, mac in zip(spec.nics, first, strict=True):
         assert mac == nic.mac if nic.mac else mac.startswith("52:54:00:")
@@ -97,7 +98,7 @@ def test_macs_are_stable_distinct_and_unicast(spec):
 def test_another_instance_gets_other_macs():
     nics = [UserNic(type="user")]
     other = INSTANCE_ID.replace("1", "9")
-    assert xml.mac_addresses(INSTANCE_ID, nics) != xml.mac_addresses(other, nics)
+    assert xml_devices.mac_addresses(INSTANCE_ID, nics) != xml_devices.mac_addresses(other, nics)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_another_instance_gets_other_macs():
 )
 def test_the_seed_drive_is_on_a_bus_the_machine_has(machine, bus, seed_target):
     spec = SMALL.model_copy(update={"root_disk": RootDisk(size_mib=1, bus=bus), "seed": Seed()})
-    facts = xml.HostFacts("qemu", "x86_64", machine, "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts("qemu", "x86_64", machine, "auto", None, None, "none", "127.0.0.1")
     target = build(spec, facts).find("devices/disk[@device='cdrom']/target")
     assert (target.get("dev"), target.get("bus")) == seed_target
 
@@ -119,7 +120,7 @@ def test_power_actions_are_fixed():
 
 @pytest.mark.parametrize(("domain_type", "mode"), [("kvm", "host-passthrough"), ("qemu", "maximum")])
 def test_auto_cpu_follows_the_accelerator(domain_type, mode):
-    facts = xml.HostFacts(domain_type, "x86_64", "q35", "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts(domain_type, "x86_64", "q35", "auto", None, None, "none", "127.0.0.1")
     assert build(SMALL, facts).find("cpu").get("mode") == mode
 
 

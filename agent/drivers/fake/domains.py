@@ -18,6 +18,7 @@ from agent.drivers.base import DomainInfo
 from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
 from agent.errors import InvalidArgument
 from agent.messages.events import PowerState
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 from agent.messages.types import UUID_PATTERN
 
@@ -39,6 +40,7 @@ class Domain:
     reason: str = "defined"
     generation: int | None = None
     spec_json: str | None = None
+    life_json: str | None = None
     started_at: float | None = None
     paused_at: float | None = None
     boots: int = 0
@@ -55,18 +57,24 @@ class Domain:
         """The spec from the domain's metadata."""
         return None if self.spec_json is None else InstanceSpec.model_validate_json(self.spec_json)
 
-    def set_spec(self, spec: InstanceSpec, generation: int) -> None:
+    @property
+    def life(self) -> Life:
+        """The life from the domain's metadata."""
+        return ORDINARY if self.life_json is None else Life.model_validate_json(self.life_json)
+
+    def set_spec(self, spec: InstanceSpec, generation: int, life: Life = ORDINARY) -> None:
         """Take a new definition. Raises `InvalidArgument` for a `fake.` label that does not exist."""
         self.steering = parse_labels(spec.labels)
         self.spec_json = spec.model_dump_json(exclude_defaults=True)
         self.name, self.vcpus, self.memory_mib = spec.name, spec.vcpus, spec.memory_mib
         self.generation = generation
+        self.life_json = None if life == ORDINARY else life.model_dump_json(exclude_none=True)
 
     def info(self) -> DomainInfo:
         """What the driver reports."""
         return DomainInfo(
             id=self.id, name=self.name, power=self.power, reason=self.reason, owned=self.owned, vcpus=self.vcpus,
-            memory_mib=self.memory_mib, spec=self.spec, generation=self.generation,
+            memory_mib=self.memory_mib, spec=self.spec, generation=self.generation, life=self.life,
         )  # fmt: skip
 
 

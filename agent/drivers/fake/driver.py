@@ -22,7 +22,6 @@ from agent.drivers.base import (
     ConnectionChanged,
     ConsoleChunk,
     DomainInfo,
-    Driver,
     DriverContext,
     DriverEvent,
     HostCapacity,
@@ -33,15 +32,21 @@ from agent.drivers.fake.domains import Domain
 from agent.drivers.fake.faults import FaultPlan
 from agent.drivers.fake.hypervisor import Hypervisor
 from agent.drivers.fake.settings import Fault, parse_labels, parse_settings
+from agent.drivers.fake.verbs_host import FakeHost
+from agent.drivers.fake.verbs_memory import FakeMemory
+from agent.drivers.fake.verbs_rebuild import FakeRebuild
+from agent.drivers.fake.verbs_resize import FakeResize
+from agent.drivers.fake.verbs_snapshot import FakeSnapshot
 from agent.errors import Cancelled, FailedPrecondition, Unavailable, Unsupported
 from agent.messages.events import NumaCell
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
 _FILE_POLL_S = 0.25
 _SLICE_S = 0.05
 
 
-class FakeDriver(Driver):
+class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
     """A simulated hypervisor with up to thousands of guests. See `settings.FakeSettings` and `settings.Fault`."""
 
     name: ClassVar[str] = "fake"
@@ -143,9 +148,9 @@ class FakeDriver(Driver):
         with self._call("delete_storage", instance_id):
             self._hypervisor.delete_disk(instance_id)
 
-    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int) -> None:
+    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         with self._call("define", instance_id, spec=spec):
-            self._hypervisor.define(instance_id, spec, generation)
+            self._hypervisor.define(instance_id, spec, generation, life)
 
     def undefine(self, instance_id: str) -> None:
         with self._call("undefine", instance_id):
@@ -234,8 +239,9 @@ class FakeDriver(Driver):
                 self._hypervisor.timers.post(self._context.emit, ConnectionChanged(up, detail))
 
     def _deliver(self, event: DriverEvent) -> None:
+        """Queue an event; what happens while the connection is lost is lost, however soon it returns."""
         if self._announced:
-            self._context.emit(event)
+            self._hypervisor.timers.post(self._context.emit, event)
 
     def _watch_file(self) -> None:
         self._plan.refresh()

@@ -19,6 +19,7 @@ from agent.drivers.fake.settings import FakeSettings
 from agent.drivers.fake.timers import Timers
 from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
 _MIB = 1024 * 1024
@@ -26,7 +27,7 @@ UP_LINE = b"compute-agent guest is up\n"
 
 
 class Hypervisor:
-    """A host full of simulated guests. `deliver` gets the events, from the timers' thread."""
+    """A host full of simulated guests. `deliver` gets the events as they happen, and must not block."""
 
     def __init__(self, settings: FakeSettings, folder: Path | None, deliver: Callable[[DriverEvent], None]) -> None:
         self._settings = settings
@@ -90,7 +91,7 @@ class Hypervisor:
         with self.lock:
             return [domain.info() for domain in self.domains]
 
-    def define(self, instance_id: str, spec: InstanceSpec, generation: int) -> None:
+    def define(self, instance_id: str, spec: InstanceSpec, generation: int, life: Life = ORDINARY) -> None:
         with self.lock:
             holder = self.domains.owner_of(spec.name)
             if holder not in {None, instance_id}:
@@ -102,7 +103,7 @@ class Hypervisor:
                 raise AlreadyExists(f"domain {instance_id} has the name {domain.name!r}; a name cannot be changed")
             if domain is None:
                 domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
-            domain.set_spec(spec, generation)
+            domain.set_spec(spec, generation, life)
             self.domains.put(domain)
             # As with libvirt, a definition says nothing about power.
             self.emit(PowerChanged(instance_id, "unknown", "defined"))
@@ -206,7 +207,7 @@ class Hypervisor:
 
     def emit(self, event: DriverEvent) -> None:
         """Have an event delivered after those before it."""
-        self.timers.post(self._deliver, event)
+        self._deliver(event)
 
     def _set_power(self, domain: Domain, power: PowerState, reason: str) -> None:
         domain.power, domain.reason = power, reason

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent import errors
+from agent.drivers.base import Driver
 from agent.errors import ComputeError, InvalidArgument
 
-CallName = Literal[
-    "connect", "capabilities", "recover", "get", "details", "capacity", "console_log", "create_storage",
-    "delete_storage", "define", "undefine", "start", "shutdown", "destroy", "reboot", "pause", "resume",
-]  # fmt: skip
+CALLS: Final[frozenset[str]] = frozenset(
+    name for name in dir(Driver) if not name.startswith("_") and inspect.isfunction(getattr(Driver, name))
+) - {"close", "is_connected"}
 """The driver's methods that can be made slow or made to fail."""
 
-CALLS: Final[frozenset[str]] = frozenset(get_args(CallName))
+
+def _known_call(name: str) -> str:
+    if name not in CALLS:
+        raise ValueError(f"the driver contract has no method {name!r}")
+    return name
+
+
+CallName = Annotated[str, AfterValidator(_known_call)]
 
 BUG: Final = "bug"
 """A fault's `error` for an exception that breaks the contract, as a defective driver raises it."""
@@ -42,7 +50,7 @@ class Fault(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    call: CallName | Literal["*"]
+    call: Literal["*"] | CallName
     instance: str | None = None
     times: Annotated[int, Field(ge=1)] | None = None
     error: str | None = None
@@ -83,7 +91,7 @@ class FakeSettings(BaseModel):
     cpus: Annotated[int, Field(ge=1, le=4096)] = 64
     memory_mib: Annotated[int, Field(ge=64)] = 262_144
     disk_mib: Annotated[int, Field(ge=1)] = 4 * 1024 * 1024
-    latency_s: dict[CallName | Literal["default"], Seconds] = Field(default_factory=dict)
+    latency_s: dict[Literal["default"] | CallName, Seconds] = Field(default_factory=dict)
     guest_shutdown_s: Seconds | None = 0.0
     boot_s: Seconds = 0.0
     faults: list[Fault] = Field(default_factory=list)

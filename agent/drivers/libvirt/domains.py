@@ -13,8 +13,9 @@ from xml.etree import ElementTree as ET
 from agent.drivers.base import DomainInfo, InstanceDetails
 from agent.drivers.libvirt import errors, metadata, states
 from agent.drivers.libvirt.binding import libvirt
-from agent.drivers.libvirt.storage import check_id
+from agent.drivers.libvirt.files import check_id
 from agent.errors import AlreadyExists, FailedPrecondition
+from agent.messages.life import ORDINARY
 
 
 def find(connection: Any, instance_id: str) -> Any:
@@ -87,6 +88,7 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
         memory_mib=int(root.findtext("memory") or 0) // 1024,
         spec=ours.spec if ours else None,
         generation=ours.generation if ours else None,
+        life=ours.life if ours else ORDINARY,
     )
 
 

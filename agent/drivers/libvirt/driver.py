@@ -14,7 +14,6 @@ from agent.drivers.base import (
     Capabilities,
     ConsoleChunk,
     DomainInfo,
-    Driver,
     DriverContext,
     HostCapacity,
     InstanceDetails,
@@ -26,7 +25,13 @@ from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
 from agent.drivers.libvirt.settings import parse_settings
 from agent.drivers.libvirt.storage import Storage
+from agent.drivers.libvirt.verbs_host import LibvirtHost
+from agent.drivers.libvirt.verbs_memory import LibvirtMemory
+from agent.drivers.libvirt.verbs_rebuild import LibvirtRebuild
+from agent.drivers.libvirt.verbs_resize import LibvirtResize
+from agent.drivers.libvirt.verbs_snapshot import LibvirtSnapshot
 from agent.errors import FailedPrecondition, Unsupported
+from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
 # Each set is tried until libvirt knows all its flags: a domain with one of these leftovers is not undefined
@@ -38,7 +43,7 @@ _UNDEFINE_FLAGS: Final = (
 )
 
 
-class LibvirtDriver(Driver):
+class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuild, LibvirtHost):
     """Runs instances through a libvirt daemon on this host. Settings: `agent.drivers.libvirt.settings`.
 
     Domains without our marker in their metadata are listed as foreign and refused by every mutating verb.
@@ -106,12 +111,14 @@ class LibvirtDriver(Driver):
     def delete_storage(self, instance_id: str) -> None:
         self._storage.delete(instance_id)
 
-    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int) -> None:
+    def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         files = self._storage.files(instance_id)
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
             facts = self._hypervisor.facts(connection, instance_id)
-            document = xml.build(instance_id, spec, generation=generation, host=self._host, facts=facts, files=files)
+            document = xml.build(
+                instance_id, spec, generation=generation, life=life, host=self._host, facts=facts, files=files
+            )
             try:
                 connection.defineXML(document)
             except libvirt.libvirtError as exc:

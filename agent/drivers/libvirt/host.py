@@ -16,9 +16,9 @@ from agent.drivers.libvirt import errors
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.capacity import HostDescription, cpu_flags, kvm_works, parse_capabilities, traits
 from agent.drivers.libvirt.connection import Link, format_version
+from agent.drivers.libvirt.definition import HostFacts
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
-from agent.drivers.libvirt.xml import HostFacts
 from agent.errors import FailedPrecondition
 
 _log = structlog.get_logger(__name__)

@@ -1,0 +1,9 @@
+"""The snapshot family of verbs on the simulated hypervisor."""
+
+from __future__ import annotations
+
+from agent.drivers.fake.parts import Parts
+
+
+class FakeSnapshot(Parts):
+    """See `agent.drivers.verbs.snapshot`."""
