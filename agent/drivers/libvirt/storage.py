@@ -36,6 +36,10 @@ class Storage:
         self.root = settings.instances_dir or state_dir / "instances"
         self._backend: Backend = FileBackend(settings, self.root, "raw" if settings.simulated else "qcow2")
 
+    def backend(self, spec: InstanceSpec, disk_name: str) -> Backend:  # noqa: ARG002 - all disks are files so far
+        """Return what keeps this disk of the spec."""
+        return self._backend
+
     def files(self, instance_id: str) -> InstanceFiles:
         """Name the instance's files. Raises `InvalidArgument` if the id is no UUID in lower case."""
         folder = self._folder(instance_id)
