@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from devstack.process import DevstackError, ProcessRef, all_pids, children_of, tail, wait_until
+from devstack.process import DevstackError, ProcessRef, all_pids, children_of, run_tool, tail, wait_until
 
 _REAPER = Path(__file__).resolve().with_name("reaper.py")
 _SOCKET_PATH_LIMIT = 107  # bytes of sun_path, without the final zero
@@ -173,17 +173,8 @@ class Daemon:
             ``timeout_s``.
 
         """
-        command = [program("virsh"), "--quiet", "-c", self.uri, *arguments]
-        try:
-            done = subprocess.run(
-                command, env=self._environment(), timeout=timeout_s, check=False,
-                stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise DevstackError(f"virsh {' '.join(arguments)} took more than {timeout_s:g} s") from error
-        if done.returncode != 0:
-            raise DevstackError(f"virsh {' '.join(arguments)}: {done.stderr.strip()}")
-        return done.stdout
+        command = [program("virsh"), "--quiet", "-c", self.uri]
+        return run_tool(command, arguments, environment=self._environment(), cwd=Path("/"), timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
         """Start the daemon."""

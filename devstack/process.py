@@ -13,8 +13,9 @@ import random
 import select
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,3 +210,25 @@ def tail(path: Path, lines: int = 15) -> str:
     except OSError:
         return ""
     return "\n".join(text.splitlines()[-lines:])
+
+
+def run_tool(
+    command: Sequence[str], arguments: Sequence[str], *, environment: Mapping[str, str], cwd: Path, timeout_s: float
+) -> str:
+    """Run a command-line tool to its end and return what it prints.
+
+    Raises:
+        DevstackError: it exits with an error, which is in the message, or takes longer than ``timeout_s``.
+
+    """
+    said = f"{Path(command[0]).name} {' '.join(arguments)}"
+    try:
+        done = subprocess.run(
+            [*command, *arguments], env=environment, cwd=cwd, timeout=timeout_s, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise DevstackError(f"{said} took more than {timeout_s:g} s") from error
+    if done.returncode != 0:
+        raise DevstackError(f"{said}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

@@ -26,6 +26,7 @@ from devstack.process import (
     PortLease,
     ProcessRef,
     pids_with_environment,
+    run_tool,
     tail,
     wait_until,
 )
@@ -216,17 +217,8 @@ class PrivateBroker:
             ``timeout_s``.
 
         """
-        command = [script("rabbitmqctl"), "--quiet", "-n", self.nodename, *arguments]
-        try:
-            done = subprocess.run(
-                command, env=self._environment(), cwd=self.directory, timeout=timeout_s,
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise DevstackError(f"rabbitmqctl {' '.join(arguments)} took more than {timeout_s:g} s") from error
-        if done.returncode != 0:
-            raise DevstackError(f"rabbitmqctl {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
-        return done.stdout
+        command = [script("rabbitmqctl"), "--quiet", "-n", self.nodename]
+        return run_tool(command, arguments, environment=self._environment(), cwd=self.directory, timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
         """Start the node."""
