@@ -410,7 +410,7 @@ def test_after_a_restart_of_the_daemon_calls_work_and_events_flow_again(bench: B
     for call in (bench.driver.recover, bench.driver.capacity, lambda: bench.driver.get(instance_id)):
         with pytest.raises(Unavailable):
             call()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5.0  # the driver's own limit for a connection is twice that
 
     bench.daemon.start_daemon()
     bench.seen.wait(connection_event(True), 20.0)
