@@ -5,7 +5,7 @@ HOST ?= $(shell hostname)
 PYTHON = .venv/bin/python
 BENCH ?=
 
-.PHONY: help up down status test unit lint check bench asyncapi setup pins clean
+.PHONY: help up down status test unit lint faults check bench asyncapi setup pins clean
 
 help:
 	@echo "make up      broker, hypervisor and agent; boot a guest and follow it"
@@ -32,6 +32,10 @@ test: setup
 
 unit: setup
 	$(PYTHON) -m pytest tests/unit
+
+# Every boundary of every verb, on both hypervisors; `test` plays one of each step.
+faults: setup
+	COMPUTE_AGENT_FAULTS=full $(PYTHON) -m pytest tests/faults -n 2 --dist worksteal
 
 check: setup
 	.venv/bin/ruff check agent devstack tests bench
