@@ -133,6 +133,8 @@ class PrivateLibvirtd(Daemon):
             "auth_unix_ro": '"none"',
             # One connection serves many threads of the agent; the default of 5 would queue them.
             "max_client_requests": "20",
+            # A pool that has to grow while calls hang on a frozen guest may not: all that comes then waits for those.
+            "min_workers": "20",
             "log_outputs": '"3:file:/var/log/libvirt/libvirtd.log"',
         }
         _write_settings(etc / "libvirtd.conf", daemon | self._daemon_settings)
@@ -233,6 +235,8 @@ class PrivateSessionLibvirtd(Daemon):
         daemon = {
             "host_uuid": f'"{self.host_uuid}"',
             "max_client_requests": "20",
+            # A pool that has to grow while calls hang on a frozen guest may not: all that comes then waits for those.
+            "min_workers": "20",
             "log_outputs": f'"3:file:{self.log_file}"',
         }
         _write_settings(self.directory / "config/libvirt/libvirtd.conf", daemon | self._daemon_settings)
