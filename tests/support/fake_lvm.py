@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 MIB = 1024 * 1024
 OLD = b"bytes of somebody else "
@@ -35,7 +36,7 @@ class FakeLvm:
         self.program.chmod(0o755)
         (folder / "state.json").write_text(json.dumps({"size": size_mib * MIB, "volumes": {}}))
 
-    def __enter__(self) -> FakeLvm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +141,7 @@ def _attach(folder: Path, name: str) -> None:
 
 def _detach(folder: Path, name: str) -> None:
     link = folder / "dev" / "vg" / name
-    subprocess.run(["losetup", "--detach", os.readlink(link)], check=True)
+    subprocess.run(["losetup", "--detach", str(link.readlink())], check=True)
     link.unlink()
 
 
@@ -163,7 +164,7 @@ def _lvextend(folder: Path, state: dict, options: dict[str, str], names: list[st
             file.seek(old)
             file.write(OLD)
     state["volumes"][name]["size"] = size
-    subprocess.run(["losetup", "--set-capacity", os.readlink(folder / "dev" / "vg" / name)], check=True)
+    subprocess.run(["losetup", "--set-capacity", str((folder / "dev" / "vg" / name).readlink())], check=True)
 
 
 def _lvrename(folder: Path, state: dict, _options: dict[str, str], names: list[str]) -> None:

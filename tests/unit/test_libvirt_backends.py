@@ -32,7 +32,7 @@ pytestmark = needs_qemu_img
 
 
 def _can_loop() -> bool:
-    return os.geteuid() == 0 and os.path.exists("/dev/loop-control")
+    return os.geteuid() == 0 and Path("/dev/loop-control").exists()
 
 
 class Bench:
