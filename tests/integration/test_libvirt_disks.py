@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 import uuid
@@ -236,6 +235,8 @@ def test_a_guest_sees_disks_of_every_kind(bench: Bench, guest: PreparedImage, tm
     bench.console(made, f"read={PLAIN.decode()}", times=4)
     xml = bench.daemon.virsh("dumpxml", made)
     assert "passphrase with" not in xml
+    secrets = bench.daemon.virsh("secret-list")
+    assert all(f"compute-agent/{made}/{name}" in secrets for name in ("write-luks", "write-flat"))
     qemu = bench.daemon.qemu_pids()[f"vm-{made[:8]}"]
     assert b"passphrase with" not in Path(f"/proc/{qemu}/cmdline").read_bytes()
     # libvirtd may restart while the guest runs, which goes on with its disks.

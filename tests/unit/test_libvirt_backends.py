@@ -301,6 +301,10 @@ def test_all_is_refused_before_anything_is_made(bench: Bench):
         bench.storage.create(INSTANCE_ID, spec(None, disks=[second]), {}, CallContext())
     assert missing.value.code == "encryption_key_missing"
     assert not (bench.folder / "instances").exists()
+    for refused in (spec("nowhere"), spec(None, disks=[second])):
+        with pytest.raises(ComputeError):
+            bench.storage.check(refused)
+    bench.storage.check(spec("cow", sealed=True))
 
 
 @pytest.mark.parametrize("bad", ["link", "world-readable", "folder", "empty", "binary", "fifo"])
