@@ -15,7 +15,7 @@ from agent.handlers.view import instance_view
 from agent.messages.commands import InstanceCreate
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import InstanceView
-from agent.messages.spec import ROOT, ImageSource, InstanceSpec, images_of
+from agent.messages.spec import BOOT_INITRD, BOOT_KERNEL, ROOT, ImageSource, InstanceSpec, images_of
 from agent.store.base import InstanceRecord
 
 
@@ -124,7 +124,11 @@ async def prepared_images(op: Operation, spec: InstanceSpec) -> dict[str, Prepar
 
 async def _prepared(op: Operation, name: str, source: ImageSource) -> PreparedImage:
     async def fetch() -> Json:
-        image = await op.ctx.images.prepare(source, lambda done, total: op.progress(done_bytes=done, total_bytes=total))
+        image = await op.ctx.images.prepare(
+            source,
+            lambda done, total: op.progress(done_bytes=done, total_bytes=total),
+            boot_file=name in {BOOT_KERNEL, BOOT_INITRD},
+        )
         return {"path": str(image.path), "format": image.format, "virtual_size_bytes": image.virtual_size_bytes}
 
     step = "image" if name == ROOT else f"image:{name}"
