@@ -28,12 +28,11 @@ def run(
     timeout_s: float,
     call: CallContext | None = None,
     pass_fds: Sequence[int] = (),
-    prefix: str = "program",
 ) -> str:
     """Run a program and return what it printed. A cancel of `call` ends it.
 
-    Raises, with codes that begin with `prefix`: `Unsupported` (`…_missing`), `DeadlineExceeded` (`…_timeout`),
-    `Internal` (`…_failed`); also `ResourceExhausted` (`no_space`) and `Cancelled`.
+    Raises `Unsupported` (`program_missing`), `DeadlineExceeded` (`program_timeout`), `ResourceExhausted`
+    (`no_space`), `Internal` (`program_failed`), `Cancelled`.
     """
     path = os.environ.get("PATH", os.defpath) + _SYSTEM
     name = os.path.basename(command[0])  # noqa: PTH119 - a word, not a path
@@ -43,17 +42,17 @@ def run(
             env={"PATH": path, "LC_ALL": "C"}, pass_fds=pass_fds,
         )  # fmt: skip
     except FileNotFoundError as exc:
-        raise Unsupported(f"{name} is not installed on this host", code=f"{prefix}_missing") from exc
+        raise Unsupported(f"{name} is not installed on this host", code="program_missing") from exc
     except OSError as exc:
-        raise Internal(f"{name} could not be started: {exc}", code=f"{prefix}_failed") from exc
-    output, errors = _wait(process, name, timeout_s, call, prefix)
+        raise Internal(f"{name} could not be started: {exc}", code="program_failed") from exc
+    output, errors = _wait(process, name, timeout_s, call)
     if process.returncode != 0:
-        raise failure(name, errors.decode(errors="replace").strip(), prefix)
+        raise failure(name, errors.decode(errors="replace").strip())
     return output.decode(errors="replace")
 
 
 def _wait(
-    process: subprocess.Popen[bytes], name: str, timeout_s: float, call: CallContext | None, prefix: str
+    process: subprocess.Popen[bytes], name: str, timeout_s: float, call: CallContext | None
 ) -> tuple[bytes, bytes]:
     deadline = time.monotonic() + timeout_s
     with process:
@@ -67,14 +66,14 @@ def _wait(
                         raise Cancelled("cancelled while the instance's files were made") from None
                     if left <= 0:
                         message = f"{name} took more than {timeout_s:g} s"
-                        raise DeadlineExceeded(message, code=f"{prefix}_timeout") from None
+                        raise DeadlineExceeded(message, code="program_timeout") from None
         except BaseException:
             process.kill()
             raise
 
 
-def failure(name: str, message: str, prefix: str = "program") -> ComputeError:
+def failure(name: str, message: str) -> ComputeError:
     """What a program's last words mean."""
     if any(words in message for words in _FULL):
         return ResourceExhausted("no space left for the disk", code="no_space")
-    return Internal(f"{name} failed: {message[-500:]}", code=f"{prefix}_failed")
+    return Internal(f"{name} failed: {message[-500:]}", code="program_failed")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,7 @@ from agent.drivers.base import CallContext
 from agent.drivers.libvirt import programs
 from agent.drivers.libvirt.encryption import Key
 from agent.drivers.libvirt.settings import LibvirtSettings
-from agent.errors import Internal
+from agent.errors import DeadlineExceeded, Internal, Unsupported
 
 _SECRET: Final = "key"  # noqa: S105 - the name under which QEMU gets it
 _ATTEMPTS: Final = 40
@@ -36,18 +37,33 @@ def run(
     limit = timeout_s or settings.qemu_img_timeout_s
     if key is None:
         command = [settings.qemu_img, *arguments]
-        return programs.run(command, timeout_s=limit, call=call, prefix="qemu_img")
+        with _own_codes():
+            return programs.run(command, timeout_s=limit, call=call)
     with key.descriptor() as number:
         # The very bytes that were checked, which are in no file that could be exchanged and in no argument.
         secret = ["--object", f"secret,id={_SECRET},file=/proc/self/fd/{number}"]
         command = [settings.qemu_img, arguments[0], *secret, *arguments[1:]]
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return programs.run(command, timeout_s=limit, call=call, pass_fds=[number], prefix="qemu_img")
+                with _own_codes():
+                    return programs.run(command, timeout_s=limit, call=call, pass_fds=[number])
             except Internal as exc:
                 if attempt == _ATTEMPTS or _UNLUCKY not in exc.message:
                     raise
     raise Internal("unreachable")
+
+
+@contextlib.contextmanager
+def _own_codes() -> Iterator[None]:
+    """Tell qemu-img's failures from those of other programs."""
+    try:
+        yield
+    except Unsupported as exc:
+        raise Unsupported(exc.message, code="qemu_img_missing") from exc
+    except DeadlineExceeded as exc:
+        raise DeadlineExceeded(exc.message, code="qemu_img_timeout") from exc
+    except Internal as exc:
+        raise Internal(exc.message, code="qemu_img_failed") from exc
 
 
 def opened(path: Path, format: str, *, locked: bool, block: bool = False) -> str:
