@@ -25,7 +25,8 @@ readonly PACKAGES=(
   qemu-system-x86 qemu-utils                                      # the hypervisor
   dnsmasq-base iproute2 iptables                                  # libvirt's networks
   busybox-static syslinux syslinux-common mtools                  # the guest image
-  util-linux procps                                               # unshare, nsenter
+  util-linux procps                                               # unshare, nsenter, mkswap, losetup
+  e2fsprogs                                                       # mkfs.ext4
 )
 
 say() { printf 'bootstrap: %s\n' "$*"; }

@@ -26,8 +26,10 @@ def now() -> datetime:
 class Images(Protocol):
     """Where verified images come from."""
 
-    async def prepare(self, source: ImageSource, progress: Callable[[int, int | None], None]) -> PreparedImage:
-        """Return the image, fetched and verified if it is not in the cache yet."""
+    async def prepare(
+        self, source: ImageSource, progress: Callable[[int, int | None], None], *, boot_file: bool = False
+    ) -> PreparedImage:
+        """Return the image, fetched and verified if it is not in the cache yet. `boot_file`: a kernel or ramdisk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from agent.core.operation import Json, Operation
 from agent.core.registry import Route
 from agent.errors import NotFound
+from agent.handlers.storage import storage_removal
 from agent.messages.commands import InstanceDelete
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import DeleteResult
@@ -29,7 +30,7 @@ async def delete(op: Operation, _data: InstanceDelete) -> DeleteResult:
         return None
 
     async def storage() -> Json:
-        await op.mutate(driver.delete_storage, instance_id)
+        await op.long(storage_removal(driver), instance_id)
         return None
 
     op.point_of_no_return()

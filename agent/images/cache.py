@@ -45,7 +45,7 @@ class ImageCache:
         await asyncio.to_thread(entry.make_directory, self._directory)
         return await asyncio.to_thread(entry.remove_partials, self._directory)
 
-    async def prepare(self, source: ImageSource, progress: Progress) -> PreparedImage:
+    async def prepare(self, source: ImageSource, progress: Progress, *, boot_file: bool = False) -> PreparedImage:
         """Return the verified image for `source`, from the cache or by a download. Idempotent, cancel safe.
 
         The source must be allowed even if its bytes are cached. A download ends when the last of those who
@@ -57,6 +57,7 @@ class ImageCache:
         `Unavailable` (`image_unavailable`, `image_stalled`, `image_truncated`, `image_cache_unavailable`),
         `DeadlineExceeded` (`image_timeout`), `ResourceExhausted` (`no_space`).
         """
+        del boot_file  # looked at like any raw image
         await self._check(source)
         key = (source.sha256, source.format)
         while True:

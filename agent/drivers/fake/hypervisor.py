@@ -9,20 +9,20 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
-from agent.drivers.fake.domains import Disk, Disks, Domain, Domains
+from agent.drivers.fake.disks import Disk, Disks
+from agent.drivers.fake.domains import Domain, Domains
 from agent.drivers.fake.settings import FakeSettings
 from agent.drivers.fake.timers import Timers
-from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from agent.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
-_MIB = 1024 * 1024
 UP_LINE = b"compute-agent guest is up\n"
 
 
@@ -264,26 +264,21 @@ class Hypervisor:
 
     # --- storage ----------------------------------------------------------------------------------------------
 
-    def create_disk(self, instance_id: str, size_mib: int, *, image: tuple[str, int] | None, seed: bool) -> None:
-        """Make a root disk, on an image given as (sha256, virtual size in bytes)."""
+    def create_disks(self, instance_id: str, disks: Mapping[str, Disk], *, seed: bool) -> None:
+        """Make an instance's disks, all or none. Those that are there as they should be are kept."""
         with self.lock:
-            if image is not None and image[1] > size_mib * _MIB:
-                raise InvalidArgument(
-                    f"the root disk of {size_mib} MiB is smaller than its image of {-(-image[1] // _MIB)} MiB",
-                    code="disk_too_small", size_mib=size_mib, needed_mib=-(-image[1] // _MIB),
-                )  # fmt: skip
-            disk = Disk(size_mib, None if image is None else image[0])
-            old = self.disks.get(instance_id)
-            if old == disk:
+            old = self.disks.all(instance_id)
+            if old == disks:
                 return
-            free = self._settings.disk_mib - self.disks.used_mib + (old.size_mib if old else 0)
-            if size_mib > free:
+            needed = sum(disk.size_mib for disk in disks.values())
+            free = self._settings.disk_mib - self.disks.used_mib + sum(disk.size_mib for disk in old.values())
+            if needed > free:
                 raise ResourceExhausted(
-                    f"the root disk needs {size_mib} MiB and {free} MiB are free", requested_mib=size_mib, free_mib=free
+                    f"the disks need {needed} MiB and {free} MiB are free", requested_mib=needed, free_mib=free
                 )
-            self.disks.put(instance_id, disk, seed=seed)
+            self.disks.put(instance_id, disks, seed=seed)
 
-    def delete_disk(self, instance_id: str) -> None:
+    def delete_disks(self, instance_id: str) -> None:
         with self.lock:
             self.disks.remove(instance_id)
             domain = self.domains.get(instance_id)

@@ -7,6 +7,8 @@ call's block ends (`Link.call`).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from agent.drivers.base import (
@@ -19,7 +21,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, errors, xml
+from agent.drivers.libvirt import binding, domains, encryption, errors, xml
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -85,7 +87,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             return domains.describe(domains.find(connection, instance_id))
 
     def details(self, instance_id: str) -> InstanceDetails:
-        console = self._storage.files(instance_id).console_log
+        console = self._storage.console_log(instance_id)
         with self._link.call() as connection:
             domain = domains.find(connection, instance_id)
             kept = not self._settings.simulated and console.exists()
@@ -104,18 +106,24 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     # --- life -----------------------------------------------------------------------------------------------------
 
     def create_storage(
-        self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
+        self, instance_id: str, spec: InstanceSpec, images: Mapping[str, PreparedImage], call: CallContext
     ) -> None:
-        self._storage.create(instance_id, spec, image, call)
+        self._storage.create(instance_id, spec, images, call)
 
     def delete_storage(self, instance_id: str) -> None:
+        seals: list[encryption.Sealed] = []
+        with contextlib.suppress(FailedPrecondition):  # a damaged manifest: libvirtd forgets secrets by itself too
+            seals = self._storage.seals(instance_id)
+        if seals:
+            with self._link.call() as connection:
+                encryption.withdraw(connection, seals)
         self._storage.delete(instance_id)
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
-        files = self._storage.files(instance_id)
+        files = self._storage.files(instance_id, spec)
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
-            facts = self._hypervisor.facts(connection, instance_id)
+            facts = self._hypervisor.facts(connection)
             document = xml.build(
                 instance_id, spec, generation=generation, life=life, host=self._host, facts=facts, files=files
             )
@@ -146,6 +154,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             domain = domains.find_owned(connection, instance_id)
             if domain.isActive():
                 return
+            encryption.provide(connection, self._settings.keys_dir, self._storage.seals(instance_id))
             try:
                 domain.create()
             except libvirt.libvirtError as exc:
