@@ -63,7 +63,8 @@ class DomainInfo:
     """What the hypervisor says about one domain. `owned` is true if it carries our ownership marker.
 
     `spec`, `generation` and `life` come from the domain's own metadata, so that a lost journal can be rebuilt;
-    they are None where the domain is foreign. `memory_mib` and `vcpus` are the domain's maximum.
+    they are None where the domain is foreign. `memory_mib` and `vcpus` are the domain's maximum. `dedicated_cpus`:
+    the host CPU that each vCPU has for itself, empty where it has none.
     """
 
     id: str
@@ -76,6 +77,7 @@ class DomainInfo:
     spec: InstanceSpec | None = None
     generation: int | None = None
     life: Life = ORDINARY
+    dedicated_cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, reb
         """Read the end of the serial console's log; empty if the guest never wrote. Raises `NotFound`."""
         raise Unsupported(f"driver {self.name} keeps no console log")
 
-    def check(self, spec: InstanceSpec) -> None:  # noqa: ARG002 - for those who refuse something
+    def check(self, spec: InstanceSpec) -> None:
         """Refuse what this host can never give an instance, before anything of it is made. Reads only, and briefly.
 
         Raises `Unsupported`, `FailedPrecondition` or `InvalidArgument` that name the option. How much is free is not

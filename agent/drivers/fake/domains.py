@@ -28,7 +28,8 @@ class Domain:
     """One domain. The spec is kept as text, a quarter of the size of the model: there may be thousands.
 
     Times are of the wall clock, since they have to hold over a restart. `pending` are the guest's acts to come,
-    with their times. `cpus` are the host's CPUs that the vCPUs have for themselves. `boots` counts the boots that were completed before the present start.
+    with their times. `cpus` are the host's CPUs that the vCPUs have for themselves. `boots` counts the boots that were
+    completed before the present start.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Domain:
         return DomainInfo(
             id=self.id, name=self.name, power=self.power, reason=self.reason, owned=self.owned, vcpus=self.vcpus,
             memory_mib=self.memory_mib, spec=self.spec, generation=self.generation, life=self.life,
+            dedicated_cpus=tuple(self.cpus),
         )  # fmt: skip
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from agent.drivers.cpuset import format_cpus, parse_cpus
+from agent.drivers.libvirt import firmware
 from agent.errors import InvalidArgument
+from agent.messages.types import NAME_PATTERN
 
 _SCHEMES = {"qemu", "qemu+unix", "test", "test+unix"}
 _QEMU_PATHS = {"/system", "/session"}
@@ -34,6 +37,14 @@ class LibvirtSettings(BaseModel):
     """`auto`: `host-passthrough` under KVM, `maximum` under emulation; `default` leaves it to QEMU."""
     cpu_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The CPU model of `cpu_mode` `custom`."""
+    firmware_dirs: tuple[Path, ...] = firmware.FOLDERS
+    """Folders of QEMU's firmware descriptors, those that win first."""
+    cpu_dedicated_set: str = ""
+    """CPUs, such as `2-7,10`, that guests with `cpu.placement` `dedicated` get one by one; empty: none."""
+    cpu_shared_set: str = ""
+    """CPUs that all other guests run on; by default those that are not in `cpu_dedicated_set`."""
+    shares: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Path] = Field(default_factory=dict)
+    """Folders that guests may be given over virtiofs: name → path. A guest's root can write there as root."""
     disk_cache: Literal["none", "writeback", "writethrough", "directsync", "unsafe"] = "none"
     """Cache mode of the root disk. `none` becomes `writeback` on file systems without O_DIRECT."""
     vnc_listen: str = "127.0.0.1"
@@ -67,6 +78,19 @@ class LibvirtSettings(BaseModel):
     def _address(cls, value: str) -> str:
         return str(ipaddress.ip_address(value))
 
+    @field_validator("cpu_dedicated_set", "cpu_shared_set")
+    @classmethod
+    def _readable_set(cls, value: str) -> str:
+        parse_cpus(value)
+        return value
+
+    @field_validator("firmware_dirs", "shares")
+    @classmethod
+    def _all_absolute(cls, value: Any) -> Any:
+        if not all(path.is_absolute() for path in (value.values() if isinstance(value, dict) else value)):
+            raise ValueError("the paths must be absolute")
+        return value
+
     @field_validator("instances_dir", "emulator")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
@@ -79,6 +103,18 @@ class LibvirtSettings(BaseModel):
         if (self.cpu_mode == "custom") != (self.cpu_model is not None):
             raise ValueError("cpu_mode 'custom' and cpu_model belong together")
         return self
+
+    @model_validator(mode="after")
+    def _apart(self) -> LibvirtSettings:
+        both = parse_cpus(self.cpu_dedicated_set) & parse_cpus(self.cpu_shared_set)
+        if both:
+            raise ValueError(f"cpu_dedicated_set and cpu_shared_set have CPUs in common: {format_cpus(both)}")
+        return self
+
+    @property
+    def session(self) -> bool:
+        """True for an unprivileged daemon."""
+        return urlsplit(self.uri).path == "/session"
 
     @property
     def simulated(self) -> bool:
