@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -42,7 +43,11 @@ AXES: Final[dict[str, list[dict[str, Any]]]] = {
     "source": [{}, {"source": "file"}, {"source": "memfd"}],
     "shared": [{}, {"shared": True}],
     "locked": [{}, {"locked": True}],
-    "shares": [{}, {"shares": [{"source": "data", "tag": "d"}]}, {"shares": [{"source": "data", "tag": n} for n in "ab"]}],
+    "shares": [
+        {},
+        {"shares": [{"source": "data", "tag": "d"}]},
+        {"shares": [{"source": "data", "tag": n} for n in "ab"]},
+    ],
     "watchdog": [
         {},
         *(
@@ -69,10 +74,12 @@ AXES: Final[dict[str, list[dict[str, Any]]]] = {
     "disks": [
         {},
         {"disks": [{"kind": "data", "name": "data-1", "size_mib": 5, "bus": "scsi"}]},
-        {"disks": [
-            {"kind": "ephemeral", "name": "scratch", "size_mib": 5, "bus": "sata"},
-            {"kind": "swap", "name": "swap", "size_mib": 5},
-        ]},
+        {
+            "disks": [
+                {"kind": "ephemeral", "name": "scratch", "size_mib": 5, "bus": "sata"},
+                {"kind": "swap", "name": "swap", "size_mib": 5},
+            ]
+        },
     ],
     "seed": [{}, {"seed": {}}, {"seed": {"datasource": "config-drive"}}],
     "nics": [
@@ -91,8 +98,13 @@ _MEMORY: Final = ("pages", "source", "shared", "locked")
 
 
 def matrix() -> list[InstanceSpec]:
-    """The specs, in the same order on every call."""
-    return [_spec(number, row) for number, row in enumerate(all_pairs(AXES, _possible))]
+    """The specs, the same on every call. All pairs are in it several times, each time among other options."""
+    rows: list[Mapping[str, int]] = []
+    for seed in range(5):
+        names = list(AXES)
+        random.Random(seed).shuffle(names)
+        rows += all_pairs({name: AXES[name] for name in names}, _possible)
+    return [_spec(number, row) for number, row in enumerate(rows)]
 
 
 def _possible(row: Mapping[str, int]) -> bool:

@@ -59,7 +59,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("VIR_ERR_NO_SUPPORT", Unsupported),
     Rule("VIR_ERR_OPERATION_UNSUPPORTED", Unsupported),
     Rule("VIR_ERR_CONFIG_UNSUPPORTED", FailedPrecondition, "cpu_unsupported", phrase="guest CPU doesn't match"),
-    Rule("VIR_ERR_CONFIG_UNSUPPORTED", FailedPrecondition, "cpu_unsupported", phrase="CPU is incompatible with host CPU"),
+    Rule("VIR_ERR_CONFIG_UNSUPPORTED", FailedPrecondition, "cpu_unsupported", phrase="incompatible with host CPU"),
     Rule("VIR_ERR_CONFIG_UNSUPPORTED", Unsupported, "config_unsupported"),
     Rule("VIR_ERR_ARGUMENT_UNSUPPORTED", Unsupported),
     Rule("VIR_ERR_NO_NETWORK", FailedPrecondition, "network_missing"),
