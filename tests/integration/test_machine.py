@@ -366,6 +366,9 @@ def test_definitions_at_once_never_share_a_cpu(bench: Bench) -> None:
         ({"machine": {"type": "pc-q35-99.0"}}, "machine_unknown"),
         ({"machine": SECURE | {"type": "pc"}}, "firmware_missing"),
         ({"cpu": {"mode": "custom", "model": "NoSuchModel"}}, "cpu_unsupported"),
+        ({"cpu": {"mode": "custom", "model": "EPYC"}}, "cpu_unsupported"),
+        ({"cpu": {"mode": "custom", "model": "Nehalem", "features": {"avx512f": "require"}}}, "cpu_unsupported"),
+        ({"cpu": {"mode": "custom", "model": "Nehalem", "features": {"no-such": "require"}}}, "cpu_unsupported"),
         ({"cpu": {"mode": "host-passthrough"}}, "cpu_unsupported"),  # the guests here are emulated
         (own(1), "no_dedicated_cpus"),
         ({"memory_backing": {"hugepages_kib": 64}}, "hugepages_missing"),
@@ -381,6 +384,15 @@ def test_what_this_host_cannot_do_is_refused_before_anything_is_made(
         bench.make(**fields)
     assert refused.value.code == code
     assert bench.made == []
+
+
+def test_a_feature_that_is_missing_at_the_start_is_no_silent_loss(bench: Bench) -> None:
+    wanted = {"mode": "maximum", "features": {"avx512f": "require"}}
+    instance_id, _made = bench.make(cpu=wanted)
+    with pytest.raises(FailedPrecondition) as refused:
+        bench.driver.start(instance_id)
+    assert refused.value.code == "cpu_unsupported"
+    assert "avx512f" in refused.value.message
 
 
 def test_a_host_without_firmware_refuses_uefi(bench: Bench, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+from xml.etree import ElementTree as ET
 
 import structlog
 
 from agent.drivers.base import OPTIONAL_VERBS, Capabilities, HostCapacity
 from agent.drivers.cpuset import parse_cpus
-from agent.drivers.libvirt import domains, errors, refusals
+from agent.drivers.libvirt import domains, errors, refusals, xml_machine
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.capacity import (
     HostDescription,
@@ -148,6 +149,11 @@ class Hypervisor:
                     _text(self._settings.emulator), facts.architecture, machine, known.domain_type
                 )
                 offer = known.offers[machine or ""] = refusals.parse_offer(document)
+            self._check(spec, facts, known, offer)
+            if xml_machine.cpu_mode(spec, facts)[0] == "custom":
+                self._compare_cpu(connection, spec, facts)
+
+    def _check(self, spec: InstanceSpec, facts: HostFacts, known: _Known, offer: Offer | None) -> None:
         refusals.check(
             spec,
             facts,
@@ -161,6 +167,20 @@ class Hypervisor:
                 ),
             ),
         )
+
+    def _compare_cpu(self, connection: Any, spec: InstanceSpec, facts: HostFacts) -> None:
+        """Let libvirt raise if the host cannot give a guest this model with these features.
+
+        An emulated guest would otherwise start without some of them, and nobody would know.
+        """
+        flags = libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE | libvirt.VIR_CONNECT_COMPARE_CPU_VALIDATE_XML
+        document = ET.tostring(xml_machine.cpu_model(spec, facts), encoding="unicode")
+        arguments = (_text(self._settings.emulator), facts.architecture, facts.machine_of(spec), facts.domain_type)
+        try:
+            connection.compareHypervisorCPU(*arguments, document, flags)
+        except libvirt.libvirtError as exc:
+            if not errors.is_code(exc, "VIR_ERR_NO_SUPPORT"):
+                raise
 
     @contextlib.contextmanager
     def dedicated(self, connection: Any, instance_id: str, spec: InstanceSpec) -> Iterator[dict[int, int]]:

@@ -22,12 +22,12 @@ _SESSION_SHARES_SINCE: Final = 10_000_000
 class Offer:
     """libvirt's domain capabilities for one machine type: enumerations by name, and CPU modes and models.
 
-    `models`: CPU model → whether the host can run it without leaving features out.
+    `models`: CPU models that QEMU knows, not all of which this host can run.
     """
 
     enums: dict[str, frozenset[str]]
     cpu_modes: frozenset[str]
-    models: dict[str, bool]
+    models: frozenset[str]
     max_vcpus: int | None
 
 
@@ -54,15 +54,16 @@ def parse_offer(document: str) -> Offer:
     return Offer(
         enums=enums,
         cpu_modes=frozenset(mode.get("name", "") for mode in root.findall("cpu/mode[@supported='yes']")),
-        models={
-            model.text or "": model.get("usable") != "no" for model in root.findall("cpu/mode[@name='custom']/model")
-        },
+        models=frozenset(model.text or "" for model in root.findall("cpu/mode[@name='custom']/model")),
         max_vcpus=None if vcpu is None else int(vcpu.get("max", "0")) or None,
     )
 
 
 def check(spec: InstanceSpec, facts: HostFacts, host: Host) -> None:
-    """Raise `FailedPrecondition` or `Unsupported` for the first option that the host cannot do."""
+    """Raise `FailedPrecondition` or `Unsupported` for the first option that the host cannot do.
+
+    Whether it has all features of a CPU model, only libvirt can tell.
+    """
     offer = _machine(spec, facts, host)
     _cpu(spec, facts, offer)
     if spec.machine.firmware.type == "uefi":
@@ -101,17 +102,8 @@ def _cpu(spec: InstanceSpec, facts: HostFacts, offer: Offer) -> None:
         return
     if mode not in offer.cpu_modes:
         raise FailedPrecondition(f"the host cannot give a guest the CPU mode {mode}", code="cpu_unsupported", mode=mode)
-    if mode != "custom" or model is None:
-        return
-    if model not in offer.models:
+    if mode == "custom" and model not in offer.models:
         raise FailedPrecondition(f"the host knows no CPU model {model}", code="cpu_unsupported", model=model)
-    leaves_out = {"disable", "optional", "forbid"} & set(spec.cpu.features.values())
-    if not offer.models[model] and not leaves_out:
-        raise FailedPrecondition(
-            f"the host lacks features of the CPU model {model}; take another, or disable the features",
-            code="cpu_unsupported",
-            model=model,
-        )
 
 
 def _devices(spec: InstanceSpec, facts: HostFacts, host: Host, offer: Offer) -> None:

@@ -59,7 +59,8 @@ def cpu_mode(spec: InstanceSpec, facts: HostFacts) -> tuple[str, str | None]:
     return mode, facts.cpu_model
 
 
-def cpu(domain: ET.Element, spec: InstanceSpec, facts: HostFacts) -> None:
+def cpu_model(spec: InstanceSpec, facts: HostFacts) -> ET.Element:
+    """Mode, model and features: what a host can or cannot give."""
     mode, model = cpu_mode(spec, facts)
     element = ET.Element("cpu")
     if mode != "default":
@@ -67,8 +68,16 @@ def cpu(domain: ET.Element, spec: InstanceSpec, facts: HostFacts) -> None:
     if mode == "custom" and model:
         element.set("match", "exact")
         text_element(element, "model", model, fallback="forbid")
+    if mode == "maximum" and spec.cpu.features:
+        # Without it an emulated guest silently gets less than was asked for.
+        element.set("check", "full")
     for name, policy in spec.cpu.features.items():
         ET.SubElement(element, "feature", {"policy": policy, "name": name})
+    return element
+
+
+def cpu(domain: ET.Element, spec: InstanceSpec, facts: HostFacts) -> None:
+    element = cpu_model(spec, facts)
     topology = spec.cpu.topology
     if topology is not None:
         parts = {"sockets": topology.sockets, "dies": topology.dies}
