@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from agent.drivers.plain import check_plain
 from agent.drivers.verbs import host, memory, rebuild, resize, snapshot
 from agent.errors import Unsupported
 from agent.messages.events import HypervisorEvent, NumaCell, PowerState
@@ -233,8 +234,9 @@ class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, reb
         """Refuse what this host can never give an instance, before anything of it is made. Reads only, and briefly.
 
         Raises `Unsupported`, `FailedPrecondition` or `InvalidArgument` that name the option. How much is free is not
-        asked here: that is admission's.
+        asked here: that is admission's. A driver that does not say otherwise makes plain machines only.
         """
+        check_plain(spec, self.name)
 
     # --- life -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 from agent.drivers.libvirt import firmware, refusals
 from agent.drivers.libvirt.capacity import pages_of_cell
 from agent.drivers.libvirt.definition import HostFacts
+from agent.drivers.plain import check_plain
 from agent.errors import ComputeError, Unsupported
 from agent.messages.spec import InstanceSpec
 from agent.messages.spec_machine import Firmware
@@ -131,10 +132,11 @@ def test_features_need_a_mode(facts: HostFacts) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_simulation_refuses_what_it_would_only_pretend(fields: dict[str, Any], option: str) -> None:
-    refusals.check_simulated(spec())
+def test_a_driver_of_plain_machines_refuses_the_rest(fields: dict[str, Any], option: str) -> None:
+    check_plain(spec(), "toy")
     with pytest.raises(Unsupported) as refused:
-        refusals.check_simulated(spec(**fields))
+        check_plain(spec(**fields), "toy")
+    assert refused.value.code == "option_unsupported"
     assert refused.value.details["option"] == option
 
 

@@ -33,6 +33,7 @@ from agent.drivers.libvirt.pins import Pins
 from agent.drivers.libvirt.refusals import Offer
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
+from agent.drivers.plain import check_plain
 from agent.errors import FailedPrecondition
 from agent.messages.events import NumaCell
 from agent.messages.spec import InstanceSpec
@@ -137,7 +138,7 @@ class Hypervisor:
     def check(self, spec: InstanceSpec) -> None:
         """See `Driver.check`."""
         if self._settings.simulated:
-            refusals.check_simulated(spec)
+            check_plain(spec, self._settings.uri)
             return
         with self._link.call() as connection:
             known = self._known(connection)

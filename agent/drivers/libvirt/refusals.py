@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree as ET
@@ -11,7 +10,6 @@ from agent.drivers.libvirt import xml_machine
 from agent.drivers.libvirt.definition import HostFacts
 from agent.errors import FailedPrecondition, Unsupported
 from agent.messages.spec import InstanceSpec
-from agent.messages.spec_machine import Cpu, Machine, MemoryBacking
 
 _ITCO_SINCE: Final = 9_001_000
 _READONLY_SHARES_SINCE: Final = 11_000_000
@@ -134,23 +132,6 @@ def _share(name: str, facts: HostFacts) -> None:
         raise FailedPrecondition(f"this host offers no share {name}", code="share_unknown", share=name)
     if not folder.is_dir():
         raise FailedPrecondition(f"the folder of the share {name} is not there", code="share_missing", share=name)
-
-
-def check_simulated(spec: InstanceSpec) -> None:
-    """Raise `Unsupported` for the first option that libvirt's simulated hypervisor would only pretend to do."""
-    for option, given in _given(spec):
-        if given:
-            raise _unsupported("libvirt's simulated hypervisor has no such hardware", option)
-
-
-def _given(spec: InstanceSpec) -> Iterator[tuple[str, bool]]:
-    yield "cpu", spec.cpu != Cpu()
-    yield "machine", spec.machine != Machine()
-    yield "numa", bool(spec.numa)
-    yield "memory_backing", spec.memory_backing != MemoryBacking()
-    yield "shares", bool(spec.shares)
-    yield "watchdog", spec.watchdog is not None
-    yield "video", spec.video is not None
 
 
 def _unsupported(what: str, option: str) -> Unsupported:
