@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -18,7 +19,7 @@ import pytest
 from support.spec_matrix import DISKS, matrix
 
 from agent.drivers.base import CallContext, DriverContext, PreparedImage
-from agent.drivers.libvirt import LibvirtDriver, xml
+from agent.drivers.libvirt import LibvirtDriver, xml, xml_keep
 from agent.drivers.libvirt.capacity import parse_capabilities
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.volumes import Location
@@ -243,6 +244,34 @@ def test_the_hardware_stays_when_devices_come_and_go(bench: Bench) -> None:
     assert {name: third[name] for name in stayed} == {name: first[name] for name in stayed}
     bench.driver.start(instance_id)
     assert bench.driver.get(instance_id).power == "running"
+
+
+@pytest.mark.parametrize(("bus", "machine", "count"), [("sata", "q35", 14), ("scsi", "q35", 32), ("ide", "pc", 4)])
+def test_disks_have_the_places_that_we_expect_libvirt_to_choose(
+    daemon: PrivateLibvirtd, bus: str, machine: str, count: int
+) -> None:
+    prefix = "hd" if bus == "ide" else "sd"
+    names = [
+        prefix + letters for letters in ([*ascii_lowercase] + [f"a{letter}" for letter in ascii_lowercase])[:count]
+    ]
+    disks = "".join(f"<disk device='disk'><target dev='{name}' bus='{bus}'/></disk>" for name in names)
+    disks = disks.replace("<target", "<source file='/srv/x'/><target").replace("<disk ", "<disk type='file' ")
+    if bus == "scsi":
+        disks += "".join(f"<controller type='scsi' index='{index}' model='virtio-scsi'/>" for index in range(3))
+    connection = libvirt.open(daemon.uri)
+    try:
+        domain = connection.defineXML(
+            f"<domain type='qemu'><name>places</name><memory>65536</memory><vcpu>1</vcpu>"
+            f"<os><type arch='x86_64' machine='{machine}'>hvm</type></os><devices>{disks}</devices></domain>"
+        )
+        found = ET.fromstring(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)).findall("devices/disk")
+        domain.undefine()
+    finally:
+        connection.close()
+    assert {
+        disk.find("target").get("dev"): xml_keep._place(disk.find("address"))  # type: ignore[union-attr,arg-type]
+        for disk in found
+    } == {name: xml_keep._natural(bus, name) for name in names}
 
 
 def test_other_defaults_change_no_machine_that_is_there(bench: Bench) -> None:

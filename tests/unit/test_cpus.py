@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drivers.base import DomainInfo
-from agent.drivers.cpuset import assign, format_cpus, parse_cpus
+from agent.drivers.cpuset import assign
 from agent.drivers.libvirt.pins import Pins
 from agent.errors import ResourceExhausted
+from agent.messages.cpus import format_cpus, parse_cpus
 
 
 @given(st.sets(st.integers(0, 300)))

@@ -61,6 +61,15 @@ def test_a_full_controller_is_followed_by_another() -> None:
     assert places(kept(present, wanted))["new"] == "1:0"
 
 
+def test_a_cd_that_moved_up_keeps_its_place() -> None:
+    def cd(target: str, file: str, unit: str = "") -> str:
+        address = f"<address type='drive' controller='0' bus='0' unit='{unit}'/>" if unit else ""
+        return f"<disk device='cdrom'><source file='{file}'/><target dev='{target}' bus='sata'/>{address}</disk>"
+
+    present = devices(cd("sda", "/seed", "0"), cd("sdb", "/iso", "1"))
+    assert places(kept(present, devices(cd("sda", "/iso")))) == {"sda": "0:1"}
+
+
 def test_a_disk_on_another_bus_is_another_device() -> None:
     present = devices(disk("sda", "sata", place="0:0"))
     assert places(kept(present, devices(disk("sda", "scsi")))) == {"sda": ""}

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from agent import errors
 from agent.drivers.base import Driver
-from agent.drivers.cpuset import parse_cpus
 from agent.errors import ComputeError, InvalidArgument
+from agent.messages.cpus import parse_cpus
 
 CALLS: Final[frozenset[str]] = frozenset(
     name for name in dir(Driver) if not name.startswith("_") and inspect.isfunction(getattr(Driver, name))

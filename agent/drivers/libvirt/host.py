@@ -16,7 +16,6 @@ from xml.etree import ElementTree as ET
 import structlog
 
 from agent.drivers.base import OPTIONAL_VERBS, Capabilities, HostCapacity
-from agent.drivers.cpuset import parse_cpus
 from agent.drivers.libvirt import domains, errors, refusals, xml_machine
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.capacity import (
@@ -35,6 +34,7 @@ from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
 from agent.drivers.plain import check_plain
 from agent.errors import FailedPrecondition
+from agent.messages.cpus import parse_cpus
 from agent.messages.events import NumaCell
 from agent.messages.spec import InstanceSpec
 

@@ -10,9 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from agent.drivers.cpuset import format_cpus, parse_cpus
 from agent.drivers.libvirt import firmware
 from agent.errors import InvalidArgument
+from agent.messages.cpus import format_cpus, parse_cpus
 from agent.messages.types import NAME_PATTERN
 
 _SCHEMES = {"qemu", "qemu+unix", "test", "test+unix"}

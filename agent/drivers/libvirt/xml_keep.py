@@ -7,6 +7,7 @@ gaps that removed devices left. So what stays is taken over from the present def
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,11 @@ from xml.etree import ElementTree as ET
 
 from agent.messages.spec import InstanceSpec
 
-_DRIVE_UNITS: Final = {"sata": (1, 6), "scsi": (1, 7), "ide": (2, 2)}
+_DRIVE_UNITS: Final = {
+    "sata": (range(1), range(6)),
+    "scsi": (range(1), range(7)),
+    "ide": (range(2), range(2)),
+}
 """Bus → buses of a controller, units of a bus, as libvirt places disks by the letters of their targets."""
 _REST: Final = {
     "watchdog": "model",
@@ -25,6 +30,7 @@ _REST: Final = {
     "vsock": "model",
     "input": "type",
     "sound": "model",
+    "memory": "model",
 }
 """Devices that have no name: the attribute that tells their kinds apart. Equal ones are matched by their order."""
 
@@ -132,9 +138,11 @@ def _key(device: ET.Element) -> tuple[str | None, ...] | None:
     if tag == "disk":
         target = device.find("target")
         bus, name = (None, None) if target is None else (target.get("bus"), target.get("dev"))
-        serial = device.findtext("serial")
-        # A serial belongs to the disk, a target only to its place.
-        return (tag, device.get("device", "disk"), bus, "serial" if serial else "target", serial or name)
+        kind, serial = device.get("device", "disk"), device.findtext("serial")
+        # A serial belongs to the disk, a target only to its place. CDs have no serial, but each its own file.
+        if serial or kind != "cdrom":
+            return (tag, kind, bus, "serial" if serial else "target", serial or name)
+        return (tag, kind, bus, "file", _attribute(device, "source", "file") or name)
     if tag == "interface":
         return (tag, _attribute(device, "mac", "address"), _attribute(device, "model", "type"))
     if tag == "filesystem":
@@ -182,15 +190,14 @@ def _natural(bus: str, target: str) -> tuple[int, int, int]:
     number = 0
     for letter in target[2:]:
         number = number * 26 + ord(letter) - ord("a") + 1
+    return _nth(bus, max(0, number - 1))
+
+
+def _nth(bus: str, number: int) -> tuple[int, int, int]:
     buses, units = _DRIVE_UNITS[bus]
-    controller, rest = divmod(max(0, number - 1), buses * units)
-    return (controller, *divmod(rest, units))
+    controller, rest = divmod(number, len(buses) * len(units))
+    return (controller, buses[rest // len(units)], units[rest % len(units)])
 
 
 def _places(bus: str) -> Iterator[tuple[int, int, int]]:
-    buses, units = _DRIVE_UNITS[bus]
-    number = 0
-    while True:
-        controller, rest = divmod(number, buses * units)
-        yield (controller, *divmod(rest, units))
-        number += 1
+    return (_nth(bus, number) for number in itertools.count())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from xml.etree import ElementTree as ET
 
-from agent.drivers.cpuset import format_cpus
 from agent.drivers.libvirt import firmware
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles, section, text_element
 from agent.errors import FailedPrecondition
+from agent.messages.cpus import format_cpus
 from agent.messages.spec import InstanceSpec
 
 
