@@ -102,6 +102,12 @@ class CapacitySection(Section):
         default=512, description="MiB of memory kept for the host."
     )
     reserved_disk_gib: Annotated[int, Field(ge=0)] = Field(default=1, description="GiB of disk kept for the host.")
+    reserved_pcpus: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="CPUs of the dedicated set that no guest gets."
+    )
+    reserved_pages: dict[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="Huge pages that no guest gets: page size in KiB = number of pages."
+    )
 
     def build(self) -> Reservations:
         """As the core takes them."""

@@ -25,6 +25,7 @@ readonly PACKAGES=(
   qemu-system-x86 qemu-utils                                      # the hypervisor
   dnsmasq-base iproute2 iptables                                  # libvirt's networks
   busybox-static syslinux syslinux-common mtools                  # the guest image
+  ovmf                                                            # UEFI for guests
   util-linux procps                                               # unshare, nsenter, mkswap, losetup
   e2fsprogs                                                       # mkfs.ext4
 )

@@ -2,8 +2,8 @@
 
 ``guest_image`` builds it once per cache directory, without mounting anything, from packages that apt can
 download; afterwards it only reads a small file. What the guest prints is described in ``guest_init.sh``. The
-image is a qcow2 that boots from a BIOS with 96 MiB; kernel and initramfs are there too, for guests that boot
-a kernel directly.
+image is a qcow2 that boots from a BIOS with 96 MiB, and from a UEFI (through its shell) with 256 MiB; kernel
+and initramfs are there too, for guests that boot a kernel directly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FIRST_MODULES = [
     "evdev",
     "acpiphp",
 ]
-_SECOND_MODULES = ["isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi"]
+_SECOND_MODULES = ["isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi", "i6300esb", "virtiofs"]
 
 _SECTOR = 512
 _DISK_BYTES = 64 << 20
@@ -151,7 +151,7 @@ def _initramfs(tree: Path) -> bytes:
     if busybox is None:
         raise DevstackError("busybox is not installed (package busybox-static)")
     archive = _Cpio()
-    for name in ("bin", "dev", "modules", "proc", "seed", "sys"):
+    for name in ("bin", "dev", "modules", "proc", "seed", "share", "sys"):
         archive.add(name, stat.S_IFDIR | 0o755)
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.add("init", stat.S_IFREG | 0o755, _INIT.read_bytes())
@@ -224,12 +224,16 @@ def _make_disk(raw: Path, kernel: Path, initrd: Path) -> None:
         disk.truncate(_DISK_BYTES)
     config = raw.with_name("syslinux.cfg")
     config.write_text(
-        f"DEFAULT guest\nPROMPT 0\nLABEL guest\n  KERNEL /vmlinuz\n  INITRD /initrd.img\n  APPEND {COMMAND_LINE}\n",
+        f"DEFAULT guest\nPROMPT 0\nLABEL guest\n  LINUX /vmlinuz.efi\n  INITRD /initrd.img\n  APPEND {COMMAND_LINE}\n",
         encoding="ascii",
     )
+    # The shell of a UEFI runs this when it finds no boot loader; Debian's kernel is an EFI program, too.
+    script = raw.with_name("startup.nsh")
+    script.write_text(f"\\vmlinuz.efi initrd=\\initrd.img {COMMAND_LINE}\r\n", encoding="ascii")
     partition = f"{raw}@@{_PARTITION_START}"
     _run("mformat", "-i", partition, "-T", str(sectors), "-h", "255", "-s", "63", "-H", str(first), "::")
-    for source, name in ((kernel, "vmlinuz"), (initrd, "initrd.img"), (config, "syslinux.cfg")):
+    files = {"vmlinuz.efi": kernel, "initrd.img": initrd, "syslinux.cfg": config, "startup.nsh": script}
+    for name, source in files.items():
         _run("mcopy", "-i", partition, str(source), f"::/{name}")
     _run("syslinux", "--install", "--offset", str(_PARTITION_START), str(raw))
 

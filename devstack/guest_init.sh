@@ -15,6 +15,12 @@
 #                                                         one line per disk; all again when one comes or goes
 #   disk: swap=<vdc> kib=<n>                              a swap disk, switched on
 #   disk: written=<vdd> read=<text>                       a disk whose serial number begins with write-
+#   guest: firmware=<bios|efi>
+#   guest: cpu-model=<text>  and  guest: cpu-flags=<flags>
+#   guest: cpu<n> package=<n> die=<n> core=<n>            one line per CPU
+#   guest: node<n> cpus=<list> memory_kib=<n>             one line per NUMA node
+#   guest: watchdog=<driver>
+#   guest: share=<first line of `hello`>                  of the virtiofs share `data`; the guest writes `answer` to it
 #   guest: tick <n>                                       1 to 5, one a second, then silence
 #   guest: powering off                                   after the ACPI power button
 
@@ -161,6 +167,31 @@ report_disks() {
   done
 }
 
+hardware() {
+  if [ -d /sys/firmware/efi ]; then echo "guest: firmware=efi"; else echo "guest: firmware=bios"; fi
+  echo "guest: cpu-model=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
+  echo "guest: cpu-flags=$(sed -n 's/^flags[^:]*: //p' /proc/cpuinfo | head -n 1)"
+  for topology in /sys/devices/system/cpu/cpu*/topology; do
+    [ -e "${topology}/core_id" ] || continue
+    read -r package <"${topology}/physical_package_id"
+    read -r core <"${topology}/core_id"
+    die=0
+    { read -r die <"${topology}/die_id"; } 2>/dev/null
+    cpu="${topology%/topology}"
+    echo "guest: ${cpu##*/} package=${package} die=${die} core=${core}"
+  done
+  for node in /sys/devices/system/node/node*; do
+    [ -e "${node}/cpulist" ] || continue
+    memory="$(sed -n 's/^.*MemTotal: *\([0-9]*\) kB$/\1/p' "${node}/meminfo")"
+    echo "guest: ${node##*/} cpus=$(cat "${node}/cpulist") memory_kib=${memory}"
+  done
+  [ -e /sys/class/watchdog/watchdog0/identity ] && echo "guest: watchdog=$(cat /sys/class/watchdog/watchdog0/identity)"
+  if mount -t virtiofs data /share 2>/dev/null; then
+    echo "answer of the guest" >/share/answer
+    echo "guest: share=$(head -n 1 /share/hello)"
+  fi
+}
+
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -190,6 +221,7 @@ else
   echo "seed: none"
 fi
 report_disks
+hardware
 tick=1
 while [ "${tick}" -le 5 ]; do
   echo "guest: tick ${tick}"

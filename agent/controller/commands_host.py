@@ -17,7 +17,8 @@ from agent.controller.session import Session, pass_session
 from agent.controller.stream import Gap
 from agent.errors import DeadlineExceeded
 from agent.messages.commands import HostPing, HostSetEnabled, HostShow
-from agent.messages.events import Event, HostHeartbeat, Inventory
+from agent.messages.cpus import format_cpus
+from agent.messages.events import Event, HostHeartbeat, Inventory, NumaCell
 
 LISTEN_S = 12.0
 """A heartbeat's usual interval, its jitter, and a little more."""
@@ -105,12 +106,27 @@ def host_show(session: Session, host: str) -> None:
     if done is None or session.as_json:
         return
     beat: dict[str, Any] = dict(done.result.get("heartbeat", done.result))
-    inventory = beat.pop("inventory", {})
+    inventory, cells = beat.pop("inventory", {}), beat.pop("numa_cells", [])
     render.fields(beat)
+    click.echo()
+    columns = ["cell", "cpus", "memory", "dedicated", "free dedicated", "pages free/total"]
+    render.table(columns, [_cell(NumaCell.model_validate(cell)) for cell in cells])
     click.echo()
     columns = ["total", "reserved", "allocation_ratio", "used"]
     rows = [[name, *(item.get(column) for column in columns)] for name, item in inventory.items()]
     render.table(["resource", *columns], rows)
+
+
+def _cell(cell: NumaCell) -> list[object]:
+    pages = " ".join(f"{pool.size_kib} KiB: {pool.free}/{pool.total}" for pool in cell.pages)
+    sets = (cell.dedicated_cpus, cell.free_dedicated_cpus)
+    return [
+        cell.id,
+        format_cpus(cell.cpus),
+        render.mib(cell.memory_mib),
+        *(format_cpus(cpus) or "-" for cpus in sets),
+        pages or "-",
+    ]
 
 
 @host.command("enable")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from agent.drivers.plain import check_plain
 from agent.drivers.verbs import host, memory, rebuild, resize, snapshot
 from agent.errors import Unsupported
 from agent.messages.events import HypervisorEvent, NumaCell, PowerState
@@ -63,7 +64,8 @@ class DomainInfo:
     """What the hypervisor says about one domain. `owned` is true if it carries our ownership marker.
 
     `spec`, `generation` and `life` come from the domain's own metadata, so that a lost journal can be rebuilt;
-    they are None where the domain is foreign. `memory_mib` and `vcpus` are the domain's maximum.
+    they are None where the domain is foreign. `memory_mib` and `vcpus` are the domain's maximum. `dedicated_cpus`:
+    the host CPU that each vCPU has for itself, empty where it has none.
     """
 
     id: str
@@ -76,16 +78,20 @@ class DomainInfo:
     spec: InstanceSpec | None = None
     generation: int | None = None
     life: Life = ORDINARY
+    dedicated_cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceDetails:
-    """What `show` adds to the state: addresses to reach the instance by."""
+    """What `show` adds to the state: addresses to reach the instance by, and the host CPU that each vCPU has for
+    itself (empty where it has none).
+    """
 
     vnc_address: str | None = None
     console_log: str | None = None
     mac_addresses: tuple[str, ...] = ()
     disk_paths: tuple[str, ...] = ()
+    dedicated_cpus: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,12 @@ class ConsoleChunk:
 
 @dataclass(frozen=True, slots=True)
 class HostCapacity:
-    """What the host has, read in a bounded number of hypervisor calls whatever the number of domains."""
+    """What the host has, read in a bounded number of hypervisor calls whatever the number of domains.
+
+    `cpus` are all that are online. `shared_cpus`: how many of them guests without CPUs of their own run on; None: all.
+    `dedicated_cpus`: how many are given to guests one by one; None where the host has no such set. Huge pages are in
+    the NUMA cells.
+    """
 
     architecture: str
     cpu_model: str
@@ -107,6 +118,8 @@ class HostCapacity:
     disk_total_mib: int
     disk_free_mib: int
     numa_cells: tuple[NumaCell, ...] = ()
+    shared_cpus: int | None = None
+    dedicated_cpus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +229,14 @@ class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, reb
     def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:  # noqa: ARG002 - for those who can
         """Read the end of the serial console's log; empty if the guest never wrote. Raises `NotFound`."""
         raise Unsupported(f"driver {self.name} keeps no console log")
+
+    def check(self, spec: InstanceSpec) -> None:
+        """Refuse what this host can never give an instance, before anything of it is made. Reads only, and briefly.
+
+        Raises `Unsupported`, `FailedPrecondition` or `InvalidArgument` that name the option. How much is free is not
+        asked here: that is admission's. A driver that does not say otherwise makes plain machines only.
+        """
+        check_plain(spec, self.name)
 
     # --- life -------------------------------------------------------------------------------------------------
 

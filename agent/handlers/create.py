@@ -23,6 +23,9 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
     """Make an instance. Refused: id or name taken, host disabled, does not fit, bad image."""
     spec, driver, instance_id = data.spec, op.ctx.driver, op.instance_id
     if not op.begun and op.record.state != "undoing":
+        if not _claimed(op):
+            _require_free(op, spec)
+            await op.query(driver.check, spec)
         _claim(op, data)
 
     async def keep_claim() -> Json:
@@ -65,14 +68,16 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
     return instance_view(record)
 
 
-def _claim(op: Operation, data: InstanceCreate) -> None:
-    """Check and claim without giving way to another create. The claim is committed with the first step."""
-    ctx, spec, instance_id = op.ctx, data.spec, op.instance_id
-    known = ctx.instances.find(instance_id)
-    if known is not None and known.created_by == op.id:
-        op.stage(instance=known)  # claimed by a run that ended before its first step was committed
-        return
-    if known is not None or instance_id in ctx.state.foreign:
+def _claimed(op: Operation) -> bool:
+    """Whether this operation claimed already, in a run that ended before its first step was committed."""
+    known = op.ctx.instances.find(op.instance_id)
+    return known is not None and known.created_by == op.id
+
+
+def _require_free(op: Operation, spec: InstanceSpec) -> None:
+    """Raise unless id and name are free and the host takes instances."""
+    ctx, instance_id = op.ctx, op.instance_id
+    if ctx.instances.find(instance_id) is not None or instance_id in ctx.state.foreign:
         raise AlreadyExists(f"an instance {instance_id} is on this host already", code="instance_exists")
     named = ctx.instances.named(spec.name) or next((d for d in ctx.state.foreign.values() if d.name == spec.name), None)
     if named is not None:
@@ -82,11 +87,20 @@ def _claim(op: Operation, data: InstanceCreate) -> None:
         f"this host takes no new instances: {ctx.state.disabled_reason or 'it was disabled'}",
         code="host_disabled",
     )
-    ctx.capacity.admit(spec, ctx.instances.all(), ctx.state.foreign.values())
+
+
+def _claim(op: Operation, data: InstanceCreate) -> None:
+    """Check and claim without giving way to another create. The claim is committed with the first step."""
+    ctx, instance_id = op.ctx, op.instance_id
+    if _claimed(op):
+        op.stage(instance=ctx.instances.get(instance_id))
+        return
+    _require_free(op, data.spec)  # again: another create may have come while the driver was asked
+    ctx.capacity.admit(data.spec, ctx.instances.all(), ctx.state.foreign.values())
     at = now()
     record = InstanceRecord(
         id=instance_id,
-        spec=spec,
+        spec=data.spec,
         generation=op.command.generation or 0,
         desired="running" if data.start else "stopped",
         observed="stopped",

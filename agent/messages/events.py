@@ -251,12 +251,23 @@ class Inventory(Outbound):
     used: int
 
 
+class PagePool(Outbound):
+    """Huge pages of one size in one NUMA cell."""
+
+    size_kib: int
+    total: int
+    free: int
+
+
 class NumaCell(Outbound):
-    """One NUMA cell: its CPUs and memory."""
+    """One NUMA cell: its CPUs, its memory, its huge pages, and which CPUs are for guests that get their own."""
 
     id: int
     cpus: list[int]
     memory_mib: int
+    pages: list[PagePool] = Field(default_factory=list)
+    dedicated_cpus: list[int] = Field(default_factory=list)
+    free_dedicated_cpus: list[int] = Field(default_factory=list)
 
 
 class HostHeartbeat(EventData):

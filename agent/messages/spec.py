@@ -8,7 +8,16 @@ from pydantic import Field, StringConstraints, model_validator
 
 from agent.messages.spec_disks import Boot, BootFile, Disk, EphemeralDisk, ImageSource, RootDisk, SwapDisk
 from agent.messages.spec_limits import CpuLimits, NicLimits
-from agent.messages.spec_machine import Cpu, Machine, MemoryBacking, NumaNode, Share, Video, Watchdog
+from agent.messages.spec_machine import (
+    Cpu,
+    Machine,
+    MemoryBacking,
+    NumaNode,
+    Share,
+    Video,
+    Watchdog,
+    check_agreement,
+)
 from agent.messages.spec_policy import Policy
 from agent.messages.types import Inbound, InterfaceName, LongPattern, MacAddress, MemoryMib, Name, Vcpus
 
@@ -143,6 +152,11 @@ class InstanceSpec(Inbound):
             raise ValueError("max_vcpus is smaller than vcpus")
         if self.max_memory_mib is not None and self.max_memory_mib < self.memory_mib:
             raise ValueError("max_memory_mib is smaller than memory_mib")
+        return self
+
+    @model_validator(mode="after")
+    def _hardware_agrees(self) -> InstanceSpec:
+        check_agreement(self)
         return self
 
 

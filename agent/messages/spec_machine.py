@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -29,6 +30,7 @@ class Topology(Inbound):
 class Cpu(Inbound):
     """The CPU model. `default` leaves it to the host's configuration; `model` is for `custom` only.
 
+    Whatever it is, the instance keeps it: another default of the host changes no instance that is there.
     `placement` `dedicated`: each vCPU is pinned to a host CPU of its own from the host's dedicated set.
     """
 
@@ -55,8 +57,10 @@ class NumaNode(Inbound):
 
 
 class MemoryBacking(Inbound):
-    """What the guest's memory is made of. `hugepages_kib` is a page size that the host has pages of. Shares need
-    `shared`, which they imply.
+    """What the guest's memory is made of. `hugepages_kib` is a page size that the host has pages of.
+
+    `shared` (which shares imply) lets other processes of the host map it; anonymous memory then becomes `memfd`.
+    `locked` keeps it from being swapped out.
     """
 
     hugepages_kib: Annotated[int, Field(ge=64, le=16 * 1024 * 1024)] | None = None
@@ -70,6 +74,12 @@ class Firmware(Inbound):
 
     type: Literal["bios", "uefi"] = "bios"
     secure_boot: bool = False
+
+    @model_validator(mode="after")
+    def _secure_boot_of_uefi(self) -> Firmware:
+        if self.secure_boot and self.type != "uefi":
+            raise ValueError("secure_boot needs the firmware type uefi")
+        return self
 
 
 class Machine(Inbound):
@@ -101,3 +111,52 @@ class Video(Inbound):
 
     model: Literal["vga", "virtio", "bochs", "qxl", "none"] = "vga"
     vram_kib: Annotated[int, Field(ge=1024, le=1024 * 1024)] | None = None
+
+    @model_validator(mode="after")
+    def _memory_of_a_device(self) -> Video:
+        if self.model == "none" and self.vram_kib is not None:
+            raise ValueError("no video device has no vram_kib")
+        return self
+
+
+class Hardware(Protocol):
+    """The parts of an instance's spec that have to agree with each other."""
+
+    @property
+    def vcpus(self) -> int: ...
+    @property
+    def max_vcpus(self) -> int | None: ...
+    @property
+    def memory_mib(self) -> int: ...
+    @property
+    def cpu(self) -> Cpu: ...
+    @property
+    def numa(self) -> Sequence[NumaNode]: ...
+    @property
+    def memory_backing(self) -> MemoryBacking: ...
+    @property
+    def shares(self) -> Sequence[Share]: ...
+
+
+def check_agreement(spec: Hardware) -> None:
+    """Raise `ValueError` where CPUs, memory, cells, pages or shares contradict each other, whatever the host."""
+    vcpus = spec.max_vcpus or spec.vcpus
+    topology = spec.cpu.topology
+    if topology is not None and topology.vcpus != vcpus:
+        raise ValueError(f"cpu.topology makes {topology.vcpus} vCPUs and the instance has {vcpus}")
+    if spec.cpu.placement == "dedicated" and vcpus != spec.vcpus:
+        raise ValueError("an instance with dedicated CPUs cannot have max_vcpus above vcpus")
+    if spec.numa:
+        if sorted(vcpu for node in spec.numa for vcpu in node.vcpus) != list(range(vcpus)):
+            raise ValueError(f"each of the vCPUs 0 to {vcpus - 1} must be in exactly one of the numa cells")
+        total = sum(node.memory_mib for node in spec.numa)
+        if total != spec.memory_mib:
+            raise ValueError(f"the numa cells have {total} MiB together and the instance has {spec.memory_mib}")
+    page_kib = spec.memory_backing.hugepages_kib
+    if page_kib is not None and any(
+        size * 1024 % page_kib for size in (spec.memory_mib, *(node.memory_mib for node in spec.numa))
+    ):
+        raise ValueError(f"memory_mib, also of each numa cell, must be made of whole pages of {page_kib} KiB")
+    tags = [share.tag for share in spec.shares]
+    if len(tags) != len(set(tags)):
+        raise ValueError("two shares have the same tag; give each its own")

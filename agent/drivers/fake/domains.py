@@ -23,7 +23,8 @@ class Domain:
     """One domain. The spec is kept as text, a quarter of the size of the model: there may be thousands.
 
     Times are of the wall clock, since they have to hold over a restart. `pending` are the guest's acts to come,
-    with their times. `boots` counts the boots that were completed before the present start.
+    with their times. `cpus` are the host's CPUs that the vCPUs have for themselves. `boots` counts the boots that were
+    completed before the present start.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Domain:
     paused_at: float | None = None
     boots: int = 0
     pending: dict[str, float] = field(default_factory=dict)
+    cpus: list[int] = field(default_factory=list)
     steering: Steering = UNSTEERED
 
     @property
@@ -70,6 +72,7 @@ class Domain:
         return DomainInfo(
             id=self.id, name=self.name, power=self.power, reason=self.reason, owned=self.owned, vcpus=self.vcpus,
             memory_mib=self.memory_mib, spec=self.spec, generation=self.generation, life=self.life,
+            dedicated_cpus=tuple(self.cpus),
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from agent.drivers.fake.verbs_rebuild import FakeRebuild
 from agent.drivers.fake.verbs_resize import FakeResize
 from agent.drivers.fake.verbs_snapshot import FakeSnapshot
 from agent.errors import Cancelled, FailedPrecondition, Unavailable, Unsupported
-from agent.messages.events import NumaCell
+from agent.messages.events import NumaCell, PagePool
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
@@ -115,12 +115,24 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
                 console_log=disks.path(instance_id, "console.log"),
                 mac_addresses=tuple(nic.mac or _mac(instance_id, index) for index, nic in enumerate(spec.nics)),
                 disk_paths=tuple(path for path in paths if path),
+                dedicated_cpus=tuple(domain.cpus),
             )
 
     def capacity(self) -> HostCapacity:
         with self._call("capacity"):
-            settings = self._settings
-            cell = NumaCell(id=0, cpus=list(range(settings.cpus)), memory_mib=settings.memory_mib)
+            settings, pinned = self._settings, self._settings.dedicated_cpus
+            pools = [
+                PagePool(size_kib=size, total=count, free=max(0, count - self._hypervisor.taken_pages(size)))
+                for size, count in sorted(settings.pages.items())
+            ]
+            cell = NumaCell(
+                id=0,
+                cpus=list(range(settings.cpus)),
+                memory_mib=settings.memory_mib,
+                pages=pools,
+                dedicated_cpus=sorted(pinned),
+                free_dedicated_cpus=sorted(pinned - self._hypervisor.taken_cpus),
+            )
             return HostCapacity(
                 architecture="x86_64",
                 cpu_model="fake",
@@ -129,7 +141,20 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
                 disk_total_mib=settings.disk_mib,
                 disk_free_mib=max(0, settings.disk_mib - self._hypervisor.disks.used_mib),
                 numa_cells=(cell,),
+                shared_cpus=settings.cpus - len(pinned) if pinned else None,
+                dedicated_cpus=len(pinned) or None,
             )
+
+    def check(self, spec: InstanceSpec) -> None:
+        with self._call("check", spec=spec):
+            settings, page_kib = self._settings, spec.memory_backing.hugepages_kib
+            if spec.cpu.placement == "dedicated" and not settings.cpu_dedicated_set:
+                raise FailedPrecondition("this fake host has no cpu_dedicated_set", code="no_dedicated_cpus")
+            if page_kib is not None and not settings.pages.get(page_kib):
+                raise FailedPrecondition(f"this fake host has no pages of {page_kib} KiB", code="hugepages_missing")
+            for share in spec.shares:
+                if share.source not in settings.shares:
+                    raise FailedPrecondition(f"this fake host has no share {share.source}", code="share_unknown")
 
     def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:
         with self._call("console_log", instance_id, verb="console.log"):

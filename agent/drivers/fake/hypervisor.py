@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
+from agent.drivers.cpuset import assign
 from agent.drivers.fake.disks import Disk, Disks
 from agent.drivers.fake.domains import Domain, Domains
 from agent.drivers.fake.settings import FakeSettings
@@ -103,10 +104,34 @@ class Hypervisor:
                 raise AlreadyExists(f"domain {instance_id} has the name {domain.name!r}; a name cannot be changed")
             if domain is None:
                 domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
+            cpus = self._dedicated(domain, spec)
             domain.set_spec(spec, generation, life)
+            domain.cpus = cpus
             self.domains.put(domain)
             # As with libvirt, a definition says nothing about power.
             self.emit(PowerChanged(instance_id, "unknown", "defined"))
+
+    def _dedicated(self, domain: Domain, spec: InstanceSpec) -> list[int]:
+        """CPUs of its own for each vCPU, those it has first. Raises `ResourceExhausted`."""
+        if spec.cpu.placement != "dedicated":
+            return []
+        others = {cpu for other in self.domains if other.id != domain.id for cpu in other.cpus}
+        free = self._settings.dedicated_cpus - others
+        given = assign(spec.vcpus, keep=dict(enumerate(domain.cpus)), free=free)
+        return [given[vcpu] for vcpu in range(spec.vcpus)]
+
+    @property
+    def taken_cpus(self) -> set[int]:
+        """CPUs that guests have for themselves."""
+        with self.lock:
+            return {cpu for domain in self.domains for cpu in domain.cpus}
+
+    def taken_pages(self, size_kib: int) -> int:
+        """Huge pages of this size that guests in memory have."""
+        with self.lock:
+            specs = [domain.spec for domain in self.domains if domain.active]
+        sizes = [s.memory_mib for s in specs if s is not None and s.memory_backing.hugepages_kib == size_kib]
+        return sum(sizes) * 1024 // size_kib
 
     def undefine(self, instance_id: str) -> None:
         with self.lock:

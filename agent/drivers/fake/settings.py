@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from agent import errors
 from agent.drivers.base import Driver
 from agent.errors import ComputeError, InvalidArgument
+from agent.messages.cpus import parse_cpus
 
 CALLS: Final[frozenset[str]] = frozenset(
     name for name in dir(Driver) if not name.startswith("_") and inspect.isfunction(getattr(Driver, name))
@@ -85,6 +86,8 @@ class FakeSettings(BaseModel):
     no console log and reacts to nothing. `persist`: domains and disks are kept as files below the state directory
     and outlive the agent, as real guests do. `lacks`: optional verbs that this hypervisor does not have. `backends`
     and `keys`: names of storage back ends and of encryption keys that a spec can ask for.
+    `cpu_dedicated_set`: which of the CPUs (such as `2-7`) guests can get for themselves. `pages`: size of huge pages
+    in KiB → how many there are. `shares`: names of the shares that guests can have.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,6 +95,9 @@ class FakeSettings(BaseModel):
     cpus: Annotated[int, Field(ge=1, le=4096)] = 64
     memory_mib: Annotated[int, Field(ge=64)] = 262_144
     disk_mib: Annotated[int, Field(ge=1)] = 4 * 1024 * 1024
+    cpu_dedicated_set: str = ""
+    pages: dict[Annotated[int, Field(ge=4)], Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    shares: list[str] = Field(default_factory=list)
     latency_s: dict[Literal["default"] | CallName, Seconds] = Field(default_factory=dict)
     guest_shutdown_s: Seconds | None = 0.0
     boot_s: Seconds = 0.0
@@ -103,6 +109,17 @@ class FakeSettings(BaseModel):
 
     backends: list[str] = Field(default_factory=list)
     keys: list[str] = Field(default_factory=list)
+
+    @field_validator("cpu_dedicated_set")
+    @classmethod
+    def _readable_set(cls, value: str) -> str:
+        parse_cpus(value)
+        return value
+
+    @property
+    def dedicated_cpus(self) -> frozenset[int]:
+        """CPUs that guests get for themselves."""
+        return parse_cpus(self.cpu_dedicated_set)
 
     def latency_of(self, call: str) -> float:
         """How long a call takes, in seconds."""

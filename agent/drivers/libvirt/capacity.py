@@ -9,16 +9,17 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from agent.messages.events import NumaCell
+from agent.messages.events import NumaCell, PagePool
 
 _KVM: Final = Path("/dev/kvm")
 _CPUINFO: Final = Path("/proc/cpuinfo")
+_NODES: Final = Path("/sys/devices/system/node")
 _X86: Final = ("x86_64", "i686")
 
 # The kernel's CPU flag → the trait's name in os-traits after HW_CPU_X86_.
@@ -77,6 +78,8 @@ class HostDescription:
     cpu_model: str
     numa_cells: tuple[NumaCell, ...]
     kvm_offered: bool
+    machines: Mapping[str, str] = field(default_factory=dict)
+    """Every machine type, also those that stand for the newest one → its versioned name."""
 
 
 def parse_capabilities(document: str) -> HostDescription:
@@ -89,6 +92,11 @@ def parse_capabilities(document: str) -> HostDescription:
         cpu_model=root.findtext("host/cpu/model") or "unknown",
         numa_cells=tuple(_cell(cell) for cell in root.findall("host/topology/cells/cell")),
         kvm_offered=any(domain.get("type") == "kvm" for domain in domains),
+        machines={
+            name: machine.get("canonical", name)
+            for machine in root.findall(f"guest/arch[@name='{architecture}']//machine")
+            if (name := machine.text)
+        },
     )
 
 
@@ -96,6 +104,23 @@ def _cell(cell: ET.Element) -> NumaCell:
     cpus = sorted(int(cpu.get("id", "0")) for cpu in cell.findall("cpus/cpu"))
     # An offline cell has no memory element.
     return NumaCell(id=int(cell.get("id", "0")), cpus=cpus, memory_mib=int(cell.findtext("memory") or 0) // 1024)
+
+
+def pages_of_cell(cell: int, nodes: Path = _NODES) -> list[PagePool]:
+    """Read a NUMA cell's huge pages from the kernel, which makes and frees them at any time; empty pools are left out.
+
+    Not from libvirt: its capabilities document is large, and tells only how many there are, not how many are free.
+    """
+    pools = []
+    for folder in sorted((nodes / f"node{cell}" / "hugepages").glob("hugepages-*kB")):
+        try:
+            total, free = (int((folder / name).read_text()) for name in ("nr_hugepages", "free_hugepages"))
+        except (OSError, ValueError):
+            continue
+        if total:
+            size_kib = int(folder.name.removeprefix("hugepages-").removesuffix("kB"))
+            pools.append(PagePool(size_kib=size_kib, total=total, free=free))
+    return sorted(pools, key=lambda pool: pool.size_kib)
 
 
 def kvm_works(description: HostDescription, *, device: Path = _KVM, cpuinfo: Path = _CPUINFO) -> bool:

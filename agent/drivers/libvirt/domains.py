@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from agent.drivers.base import DomainInfo, InstanceDetails
-from agent.drivers.libvirt import errors, metadata, states
+from agent.drivers.libvirt import errors, metadata, states, xml_machine
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.files import check_id
 from agent.errors import AlreadyExists, FailedPrecondition
@@ -35,10 +35,14 @@ def find_owned(connection: Any, instance_id: str) -> Any:
     return domain
 
 
-def check_free(connection: Any, instance_id: str, name: str) -> None:
-    """Raise `AlreadyExists` if the name belongs to another domain, or the id to a foreign one."""
+def check_free(connection: Any, instance_id: str, name: str) -> ET.Element | None:
+    """Raise `AlreadyExists` if the name belongs to another domain, or the id to a foreign one.
+
+    Returns the present definition of our own domain, if it is there.
+    """
     same_id = _or_none(find, connection, instance_id)
-    if same_id is not None and metadata.read(_inactive(same_id)) is None:
+    present = None if same_id is None else _inactive(same_id)
+    if same_id is not None and present is not None and metadata.read(present) is None:
         raise AlreadyExists(
             f"the id {instance_id} belongs to domain {same_id.name()}, which is not this agent's",
             instance_id=instance_id,
@@ -50,6 +54,7 @@ def check_free(connection: Any, instance_id: str, name: str) -> None:
             name=name,
             instance_id=same_name.UUIDString(),
         )
+    return present
 
 
 def _or_none(look: Any, connection: Any, key: str) -> Any:
@@ -89,7 +94,12 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
         spec=ours.spec if ours else None,
         generation=ours.generation if ours else None,
         life=ours.life if ours else ORDINARY,
+        dedicated_cpus=_dedicated_cpus(root) if ours and ours.spec.cpu.placement == "dedicated" else (),
     )
+
+
+def _dedicated_cpus(root: ET.Element) -> tuple[int, ...]:
+    return tuple(cpu for _vcpu, cpu in sorted(xml_machine.pinned(root).items()))
 
 
 def describe_all(connection: Any) -> list[DomainInfo]:
@@ -108,6 +118,7 @@ def describe_all(connection: Any) -> list[DomainInfo]:
 def details(domain: Any, console_log: str | None) -> InstanceDetails:
     """Read addresses from the live definition."""
     root = _parse(domain.XMLDesc())
+    ours = metadata.read(root)
     devices = "devices/"
     return InstanceDetails(
         vnc_address=_vnc_address(root.find(f"{devices}graphics[@type='vnc']")),
@@ -118,6 +129,7 @@ def details(domain: Any, console_log: str | None) -> InstanceDetails:
             for source in root.findall(f"{devices}disk[@device='disk']/source")
             if source.get("file") or source.get("dev")
         ),
+        dedicated_cpus=_dedicated_cpus(root) if ours and ours.spec.cpu.placement == "dedicated" else (),
     )
 
 

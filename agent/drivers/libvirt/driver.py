@@ -79,8 +79,11 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     # --- reading --------------------------------------------------------------------------------------------------
 
     def recover(self) -> list[DomainInfo]:
+        mark = self._hypervisor.pins.mark()
         with self._link.call() as connection:
-            return domains.describe_all(connection)
+            found = domains.describe_all(connection)
+        self._hypervisor.pins.learn(found, mark)
+        return found
 
     def get(self, instance_id: str) -> DomainInfo:
         with self._link.call() as connection:
@@ -103,6 +106,9 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             domains.find(connection, instance_id)
         return self._storage.console_tail(instance_id, max_bytes)
 
+    def check(self, spec: InstanceSpec) -> None:
+        self._hypervisor.check(spec)
+
     # --- life -----------------------------------------------------------------------------------------------------
 
     def create_storage(
@@ -122,18 +128,27 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         files = self._storage.files(instance_id, spec)
         with self._link.call() as connection:
-            domains.check_free(connection, instance_id, spec.name)
+            present = domains.check_free(connection, instance_id, spec.name)
             facts = self._hypervisor.facts(connection)
-            document = xml.build(
-                instance_id, spec, generation=generation, life=life, host=self._host, facts=facts, files=files
-            )
-            try:
-                connection.defineXML(document)
-            except libvirt.libvirtError as exc:
-                if not errors.is_lost(exc):
-                    # Somebody may have taken the name since we looked; say who.
-                    domains.check_free(connection, instance_id, spec.name)
-                raise
+            with self._hypervisor.dedicated(connection, instance_id, spec) as cpus:
+                document = xml.build(
+                    instance_id,
+                    spec,
+                    generation=generation,
+                    life=life,
+                    host=self._host,
+                    facts=facts,
+                    files=files,
+                    cpus=cpus,
+                    present=present,
+                )
+                try:
+                    connection.defineXML(document)
+                except libvirt.libvirtError as exc:
+                    if not errors.is_lost(exc):
+                        # Somebody may have taken the name since we looked; say who.
+                        domains.check_free(connection, instance_id, spec.name)
+                    raise
 
     def undefine(self, instance_id: str) -> None:
         with self._link.call() as connection:
@@ -147,6 +162,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             except libvirt.libvirtError as exc:
                 if not errors.is_code(exc, "VIR_ERR_NO_DOMAIN"):
                     raise
+        self._hypervisor.pins.put_back(instance_id, {})
 
     def start(self, instance_id: str) -> None:
         """Start the domain, or restore it if it was saved. Running or paused already: nothing."""

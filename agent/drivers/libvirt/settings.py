@@ -18,7 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from agent.drivers.libvirt import firmware
 from agent.errors import InvalidArgument
+from agent.messages.cpus import format_cpus, parse_cpus
 from agent.messages.types import NAME_PATTERN
 
 _SCHEMES = {"qemu", "qemu+unix", "test", "test+unix"}
@@ -77,6 +79,14 @@ class LibvirtSettings(BaseModel):
     """`auto`: `host-passthrough` under KVM, `maximum` under emulation; `default` leaves it to QEMU."""
     cpu_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The CPU model of `cpu_mode` `custom`."""
+    firmware_dirs: tuple[Path, ...] = firmware.FOLDERS
+    """Folders of QEMU's firmware descriptors, those that win first."""
+    cpu_dedicated_set: str = ""
+    """CPUs, such as `2-7,10`, that guests with `cpu.placement` `dedicated` get one by one; empty: none."""
+    cpu_shared_set: str = ""
+    """CPUs that all other guests run on; by default those that are not in `cpu_dedicated_set`."""
+    shares: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Path] = Field(default_factory=dict)
+    """Folders that guests may be given over virtiofs: name → path. A guest's root can write there as root."""
     disk_cache: Literal["none", "writeback", "writethrough", "directsync", "unsafe"] = "none"
     """Cache mode of disks whose spec says `auto`. On storage without O_DIRECT `none` becomes `writeback`, and
     `directsync` `writethrough`."""
@@ -127,6 +137,20 @@ class LibvirtSettings(BaseModel):
         return str(ipaddress.ip_address(value))
 
     @field_validator("instances_dir", "emulator", "keys_dir")
+    @field_validator("cpu_dedicated_set", "cpu_shared_set")
+    @classmethod
+    def _readable_set(cls, value: str) -> str:
+        parse_cpus(value)
+        return value
+
+    @field_validator("firmware_dirs", "shares")
+    @classmethod
+    def _all_absolute(cls, value: Any) -> Any:
+        if not all(path.is_absolute() for path in (value.values() if isinstance(value, dict) else value)):
+            raise ValueError("the paths must be absolute")
+        return value
+
+    @field_validator("instances_dir", "emulator")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
@@ -148,6 +172,17 @@ class LibvirtSettings(BaseModel):
             if folder is not None and not folder.is_absolute():
                 raise ValueError(f"backends.{name}: the path must be absolute")
         return self
+
+    def _apart(self) -> LibvirtSettings:
+        both = parse_cpus(self.cpu_dedicated_set) & parse_cpus(self.cpu_shared_set)
+        if both:
+            raise ValueError(f"cpu_dedicated_set and cpu_shared_set have CPUs in common: {format_cpus(both)}")
+        return self
+
+    @property
+    def session(self) -> bool:
+        """True for an unprivileged daemon."""
+        return urlsplit(self.uri).path == "/session"
 
     @property
     def simulated(self) -> bool:

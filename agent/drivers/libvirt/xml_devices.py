@@ -8,7 +8,9 @@ from typing import Final
 from xml.etree import ElementTree as ET
 
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
+from agent.errors import FailedPrecondition
 from agent.messages.spec import BridgeNic, InstanceSpec, NetworkNic, Nic
+from agent.messages.spec_machine import Share
 
 _BALLOON_PERIOD_S: Final = 10
 
@@ -54,9 +56,11 @@ def console_and_helpers(spec: InstanceSpec, facts: HostFacts, files: InstanceFil
     if spec.vnc:
         graphics = {"type": "vnc", "port": "-1", "autoport": "yes", "listen": facts.vnc_listen}
         yield ET.Element("graphics", graphics)
-        video = ET.Element("video")
-        ET.SubElement(video, "model", {"type": "vga" if facts.architecture != "aarch64" else "virtio"})
-        yield video
+    if spec.vnc or spec.video is not None:
+        yield _video(spec, facts)
+    if spec.watchdog is not None:
+        yield ET.Element("watchdog", {"model": spec.watchdog.model, "action": spec.watchdog.action})
+    yield from (_share(share, facts) for share in spec.shares)
     if spec.rng:
         rng = ET.Element("rng", {"model": "virtio"})
         backend = ET.SubElement(rng, "backend", {"model": "random"})
@@ -66,3 +70,30 @@ def console_and_helpers(spec: InstanceSpec, facts: HostFacts, files: InstanceFil
     if spec.balloon:
         ET.SubElement(balloon, "stats", {"period": str(_BALLOON_PERIOD_S)})
     yield balloon
+
+
+def _video(spec: InstanceSpec, facts: HostFacts) -> ET.Element:
+    video = ET.Element("video")
+    if spec.video is None:
+        ET.SubElement(video, "model", {"type": "vga" if facts.architecture != "aarch64" else "virtio"})
+        return video
+    model = ET.SubElement(video, "model", {"type": spec.video.model})
+    if spec.video.vram_kib is not None:
+        model.set("vram", str(spec.video.vram_kib))
+    return video
+
+
+def _share(share: Share, facts: HostFacts) -> ET.Element:
+    """Build a virtiofs share. Raises `FailedPrecondition` (code `share_unknown`)."""
+    folder = facts.shares.get(share.source)
+    if folder is None:
+        raise FailedPrecondition(
+            f"this host offers no share {share.source}; it is set in the driver's settings (shares)",
+            code="share_unknown",
+            share=share.source,
+        )
+    element = ET.Element("filesystem", {"type": "mount", "accessmode": "passthrough"})
+    ET.SubElement(element, "driver", {"type": "virtiofs"})
+    ET.SubElement(element, "source", {"dir": str(folder)})
+    ET.SubElement(element, "target", {"dir": share.tag})
+    return element

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "reading", "storage")
+_PARTS = ("connection", "definition", "life", "machine", "reading", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,6 +92,7 @@ class LibvirtTestInProcess(LibvirtCase):
             Difference.STATE_DIES_WITH_THE_DRIVER,
             Difference.STATE_DIES_WITH_THE_HYPERVISOR,
             Difference.CANNOT_BE_INTERRUPTED,
+            Difference.PLAIN_MACHINES_ONLY,
         }
     )
 
@@ -111,7 +112,11 @@ class LibvirtDaemonCase(LibvirtCase):
 class LibvirtTestDaemon(LibvirtDaemonCase):
     differences = frozenset(
         # The daemon frees the simulation with its last connection.
-        {Difference.STATE_DIES_WITH_THE_DRIVER, Difference.STATE_DIES_WITH_THE_HYPERVISOR}
+        {
+            Difference.STATE_DIES_WITH_THE_DRIVER,
+            Difference.STATE_DIES_WITH_THE_HYPERVISOR,
+            Difference.PLAIN_MACHINES_ONLY,
+        }
     )
 
 

@@ -45,6 +45,7 @@ class Difference(Enum):
     STATE_DIES_WITH_THE_DRIVER = "domains live in the agent's process, so the next driver does not find them"
     STATE_DIES_WITH_THE_HYPERVISOR = "a restart of the hypervisor loses the domains"
     CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
+    PLAIN_MACHINES_ONLY = "the hypervisor is simulated and refuses what concerns real hardware"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
