@@ -28,11 +28,12 @@ def run(settings: LibvirtSettings, arguments: Sequence[str], *, timeout_s: float
     except subprocess.TimeoutExpired as exc:
         raise DeadlineExceeded(f"qemu-img took more than {limit:g} s", code="qemu_img_timeout") from exc
     if done.returncode != 0:
-        raise _error(done.stderr.decode(errors="replace").strip())
+        raise failure(done.stderr.decode(errors="replace").strip())
     return done.stdout.decode(errors="replace")
 
 
-def _error(message: str) -> ComputeError:
+def failure(message: str) -> ComputeError:
+    """Return the error for what qemu-img complained of."""
     if os.strerror(errno.ENOSPC) in message or os.strerror(errno.EDQUOT) in message:
         return ResourceExhausted("no space left for the disk", code="no_space")
     return Internal(f"qemu-img failed: {message[-500:]}", code="qemu_img_failed")
