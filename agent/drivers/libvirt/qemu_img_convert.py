@@ -18,6 +18,7 @@ from agent.errors import Cancelled, DeadlineExceeded, Unsupported
 from agent.messages.types import DiskFormat
 
 _POLL_S: Final = 0.2
+_REPORT_S: Final = 0.1
 _PERCENT: Final = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 _MAX_STDERR: Final = 64 * 1024
 
@@ -67,7 +68,7 @@ def _watch(
 ) -> bytes:
     """Read what it prints until it ends; what it wrote to stderr."""
     assert process.stdout is not None and process.stderr is not None  # noqa: S101, PT018 - pipes were asked for
-    complaint = b""
+    complaint, told = b"", 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         selector.register(process.stderr, selectors.EVENT_READ)
@@ -83,6 +84,7 @@ def _watch(
                     selector.unregister(pipe)
                 elif pipe is process.stderr:
                     complaint = (complaint + data)[-_MAX_STDERR:]
-                elif found := _PERCENT.findall(data):
+                elif time.monotonic() - told >= _REPORT_S and (found := _PERCENT.findall(data)):
+                    told = time.monotonic()
                     percent(float(found[-1]))
     return complaint
