@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import re
 import subprocess
 import uuid
@@ -15,7 +16,14 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 from support.uploads import Uploads
 
-from agent.messages.commands import ConsoleLog, InstanceCreate, InstanceDelete, InstanceShow, InstanceStart, InstanceStop
+from agent.messages.commands import (
+    ConsoleLog,
+    InstanceCreate,
+    InstanceDelete,
+    InstanceShow,
+    InstanceStart,
+    InstanceStop,
+)
 from agent.messages.events import Event
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, Seed
 from agent.messages.verb import CommandData
@@ -163,7 +171,7 @@ async def test_a_snapshot_takes_memory_and_disk_back(host: Host, libvirtd: Priva
     assert (reverted["desired"], reverted["observed"]) == ("running", "running")
     text = await host.console(guest, r"guest: wrote \d+\r?\n", after=len(text) + 40)
     numbers = counted(text)
-    drop = next(b for a, b in zip(numbers, numbers[1:], strict=False) if b < a)
+    drop = next(b for a, b in itertools.pairwise(numbers) if b < a)
     assert drop <= at + 1, "the counter in the guest's memory goes on where the snapshot was"
     assert text.count(UP) == 1, "it was not booted anew"
 
@@ -205,8 +213,8 @@ async def test_without_space_nothing_is_left(
             url=image.as_uri(), sha256=hashlib.sha256(image.read_bytes()).hexdigest(), format="raw"
         )
         guest = await world.create(agent.host, root_disk=RootDisk(size_mib=8, image=source))
-        for format in ("qcow2", "raw"):
-            command = InstanceExport(target=ExportTarget(store="main", name="copy"), format=format)
+        for kind in ("qcow2", "raw"):
+            command = InstanceExport(target=ExportTarget(store="main", name="copy"), format=kind)
             failed = await world.run(agent.host, command, guest, timeout_s=60)
             assert failed.kind == "operation.failed", failed.data
             assert (failed.data["error"]["code"], failed.data["undone"]) == ("no_space", True)
