@@ -181,13 +181,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def free_bytes(folder: Path) -> int:
-    """Free bytes for the agent where the folder is."""
-    with translated("reading the free space"):
-        facts = os.statvfs(folder)
-    return facts.f_bavail * facts.f_frsize
-
-
 def _copy(source: Path, target: Path, copied: Callable[[int], None]) -> None:
     done = 0
     with source.open("rb", buffering=0) as reading, target.open("xb", buffering=0) as writing:

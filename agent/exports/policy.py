@@ -41,9 +41,6 @@ class ExportPolicy(BaseModel):
     stall_timeout_s: Seconds = Field(default=60, description="Longest time in which a server takes nothing.")
     total_timeout_s: Seconds = Field(default=4 * 3600, description="One upload with all its attempts.")
     attempts: Annotated[int, Field(ge=1, le=10)] = Field(default=3, description="Attempts of one upload.")
-    min_free_mib: Annotated[int, Field(ge=0)] = Field(
-        default=64, description="Free space in MiB of the staging folder that an export must leave."
-    )
 
     @field_validator("stores")
     @classmethod

@@ -8,7 +8,7 @@ from agent.drivers.verbs.snapshot import RevertRequest, SnapshotInfo, SnapshotRe
 from agent.errors import AlreadyExists, FailedPrecondition, NotFound, Unsupported
 from agent.handlers.observe import read_back
 from agent.handlers.view import instance_view
-from agent.messages.events import DesiredState
+from agent.messages.events import DesiredState, PowerState
 from agent.messages.life import ORDINARY
 from agent.messages.results import InstanceView
 from agent.messages.spec import InstanceSpec
@@ -25,6 +25,8 @@ from agent.messages.verbs_snapshot import (
 
 ACTIVE = frozenset({"running", "paused"})
 SETTLED = ACTIVE | {"stopped", "crashed"}
+RUNNING_STEP = "snapshot-running"
+"""The step's name where the guest ran before: so the journal knows it, at the cost of no further commit."""
 NO_HARDWARE = frozenset({"labels", "policy"})
 """Parts of a spec that may differ from a snapshot's: the guest does not see them."""
 
@@ -34,35 +36,29 @@ _DESIRED: dict[str, DesiredState] = {"running": "running", "paused": "paused"}
 async def create(op: Operation, data: SnapshotCreate) -> SnapshotResult:
     """Take a snapshot. A guest with memory pauses for it and runs on after it, or after its failure."""
     record, driver = op.ctx.instances.get(op.instance_id), op.ctx.driver
+    ran = op.done_before(RUNNING_STEP)
     if not op.begun:
-        await _check_create(op, data, record.spec)
-
-    async def look() -> Json:
-        return {"power": (await op.query(driver.get, op.instance_id)).power}
-
-    async def run_on() -> None:
-        if was == "running" and (await op.query(driver.get, op.instance_id)).power == "paused":
-            await op.mutate(driver.resume, op.instance_id)
+        ran = await _check_create(op, data, record.spec) == "running"
 
     async def take() -> Json:
-        request = SnapshotRequest(data.name, data.description, was == "running")
+        request = SnapshotRequest(data.name, data.description, ran)
         info = await op.long(driver.create_snapshot, op.instance_id, record.spec, request)
         return _view(info).model_dump(mode="json")
 
     async def drop() -> None:
         await op.long(driver.delete_snapshot, op.instance_id, record.spec, data.name)
-        await run_on()
+        if ran and (await op.query(driver.get, op.instance_id)).power == "paused":
+            await op.mutate(driver.resume, op.instance_id)
 
-    before = await op.step("look", look, harmless=True)
-    was = before["power"] if before else None
-    made = await op.step("snapshot", take, undo=drop)
+    made = await op.step(RUNNING_STEP if ran else "snapshot", take, undo=drop)
     current = await read_back(op)
     return SnapshotResult(
         instance_id=op.instance_id, snapshot=SnapshotView.model_validate(made), observed=current.observed
     )
 
 
-async def _check_create(op: Operation, data: SnapshotCreate, spec: InstanceSpec) -> None:
+async def _check_create(op: Operation, data: SnapshotCreate, spec: InstanceSpec) -> PowerState:
+    """Refuse what cannot be; the power that the guest has before anything is done."""
     _check_kind(op, spec)
     info = await op.query(op.ctx.driver.get, op.instance_id)
     require(info.power in SETTLED, f"the instance is {info.power}; a snapshot needs it running, paused or stopped")
@@ -82,6 +78,7 @@ async def _check_create(op: Operation, data: SnapshotCreate, spec: InstanceSpec)
             f"the instance has {len(existing)} snapshots and the host allows {limit}; delete one first",
             code="snapshot_limit", snapshots=len(existing), limit=limit,
         )  # fmt: skip
+    return info.power
 
 
 def _check_kind(op: Operation, spec: InstanceSpec) -> None:

@@ -12,7 +12,7 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 from support.recorder import describe
 
-from agent.messages.commands import InstanceDelete, InstanceShow
+from agent.messages.commands import InstanceDelete, InstanceShow, OperationCancel
 from agent.messages.spec import RootDisk
 from agent.messages.verb import CommandData
 from agent.messages.verbs_snapshot import (
@@ -101,17 +101,16 @@ async def test_backup(bench: Bench, point: str) -> None:
     await bench.judge(guest)
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "cold"])
-async def test_killed_while_bytes_are_copied(bench: Bench, tmp_path: Path, live: bool) -> None:
-    """The job in QEMU, or the qemu-img, that outlived the agent is ended, and the copy made anew."""
-    guest = await bench.world.create(bench.agent.host, root_disk=RootDisk(size_mib=512))
+async def random_guest(bench: Bench, folder: Path, size_mib: int, *, live: bool) -> tuple[str, Path]:
+    """An instance whose disk is full of data that take a while to be copied."""
+    guest = await bench.world.create(bench.agent.host, root_disk=RootDisk(size_mib=size_mib))
     disk = bench.agent.state_dir / "instances" / guest / "disk.qcow2"
     await asyncio.to_thread(bench.libvirtd.virsh, "destroy", f"i-{guest[:8]}")
-    raw = tmp_path / "random.raw"
 
     def fill() -> None:
+        raw = folder / "random.raw"
         with raw.open("wb") as file:
-            for _ in range(128):
+            for _ in range(size_mib // 4):
                 file.write(os.urandom(1 << 22))
         subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk)], check=True)
         raw.unlink()
@@ -119,6 +118,11 @@ async def test_killed_while_bytes_are_copied(bench: Bench, tmp_path: Path, live:
     await asyncio.to_thread(fill)
     if live:
         await asyncio.to_thread(bench.libvirtd.virsh, "start", f"i-{guest[:8]}")
+    return guest, disk
+
+
+async def begun(bench: Bench, guest: str) -> str:
+    """Begin an export and wait until bytes are being copied; the command's id."""
     data = InstanceExport(target=ExportTarget(store="main", name="copy"))
     mark = bench.world.recorder.mark
     command = await bench.world.send(bench.agent.host, data, guest, progress=True)
@@ -126,21 +130,53 @@ async def test_killed_while_bytes_are_copied(bench: Bench, tmp_path: Path, live:
         bench.agent.host, "operation.progress", since=mark,
         where=lambda event: 0 < event.data.get("done_bytes", 0) < event.data.get("total_bytes", 0),
     )  # fmt: skip
+    return command
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live", "cold"])
+async def test_killed_while_bytes_are_copied(bench: Bench, tmp_path: Path, live: bool) -> None:
+    """The job in QEMU, or the qemu-img, that outlived the agent is ended, and the copy made anew."""
+    guest, disk = await random_guest(bench, tmp_path, 512, live=live)
+    command = await begun(bench, guest)
     await bench.agent.kill()
-    if live:
-        assert "no" not in (await asyncio.to_thread(bench.libvirtd.virsh, "domjobinfo", f"i-{guest[:8]}")).lower()
     assert bench.stored() == []
     await bench.agent.start()
     await bench.succeeded(command)
     assert bench.stored() == ["copy.qcow2", "copy.qcow2.sha256"]
-    check = ["qemu-img", "compare", "-U", "-s", str(disk), str(bench.store / "copy.qcow2")]
-    if not live:
-        await asyncio.to_thread(subprocess.run, check, check=True)
+    if live:
+        await asyncio.to_thread(bench.libvirtd.virsh, "destroy", f"i-{guest[:8]}")
+    # `-s`: also of the same size.
+    check = ["qemu-img", "compare", "-s", str(disk), str(bench.store / "copy.qcow2")]
+    await asyncio.to_thread(subprocess.run, check, check=True)
     await bench.world.succeed(bench.agent.host, InstanceDelete(), guest)
     await bench.judge()
 
 
-@pytest.mark.parametrize("point", ["snapshot:before", "snapshot:after"])
+async def test_the_guest_ends_while_its_disk_is_copied(bench: Bench, tmp_path: Path) -> None:
+    """The backup dies with its QEMU; what the guest left is copied instead."""
+    guest, disk = await random_guest(bench, tmp_path, 512, live=True)
+    command = await begun(bench, guest)
+    await asyncio.to_thread(bench.libvirtd.virsh, "destroy", f"i-{guest[:8]}")
+    result = await bench.succeeded(command)
+    assert result["live"] is False
+    check = ["qemu-img", "compare", "-s", str(disk), str(bench.store / "copy.qcow2")]
+    await asyncio.to_thread(subprocess.run, check, check=True)
+    await bench.judge(guest)
+
+
+async def test_cancelled_while_bytes_are_copied(bench: Bench, tmp_path: Path) -> None:
+    guest, _disk = await random_guest(bench, tmp_path, 512, live=True)
+    command = await begun(bench, guest)
+    await bench.world.succeed(bench.agent.host, OperationCancel(operation_id=command))
+    final = await bench.world.recorder.wait_final(bench.agent.host, command, timeout_s=60)
+    assert final.kind == "operation.cancelled", describe(final)
+    assert bench.stored() == []
+    assert "None" in await asyncio.to_thread(bench.libvirtd.virsh, "domjobinfo", f"i-{guest[:8]}")
+    await bench.runs(guest)
+    await bench.judge(guest)
+
+
+@pytest.mark.parametrize("point", ["snapshot-running:before", "snapshot-running:after"])
 async def test_snapshot(bench: Bench, point: str) -> None:
     guest = await bench.world.create(bench.agent.host)
     command = await bench.run_and_die(SnapshotCreate(name="one"), guest, point)

@@ -75,7 +75,7 @@ def wait(
             stats = domain.jobStats()
             if stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
                 return _check_success(domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED))
-            report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
+        report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
         time.sleep(pause)
         pause = min(pause * 1.5, _POLL_S)
 
