@@ -149,7 +149,8 @@ class _Report:
             self._loop.call_soon_threadsafe(self._tell, done_bytes, total_bytes)
 
     def _tell(self, done_bytes: int, total_bytes: int) -> None:
-        self._op.progress(done_bytes=done_bytes, total_bytes=total_bytes)
+        if done_bytes:  # nothing yet says nothing, and would hold back the first figure that does
+            self._op.progress(done_bytes=done_bytes, total_bytes=total_bytes)
 
 
 async def _described(op: Operation, path: Path, made: DiskExport) -> dict[str, object]:

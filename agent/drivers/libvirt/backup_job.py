@@ -21,6 +21,8 @@ from agent.errors import Cancelled, ComputeError, DeadlineExceeded, FailedPrecon
 _FIRST_POLL_S: Final = 0.005
 _POLL_S: Final = 0.25
 _END_S: Final = 60.0
+# libvirtd may not have noticed yet that the QEMU it asks is gone. What it says then has no code of its own.
+_MONITOR_GONE: Final = "monitor"
 _NO_SPACE: Final = "No space left on device"
 
 
@@ -68,16 +70,36 @@ def wait(
             raise Cancelled("cancelled while disks were copied")
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"copying the disks took more than {limit_s:g} s")
-        with link.call() as connection:
-            domain = domains.find(connection, instance_id)
-            if not domain.isActive():
-                raise Interrupted
-            stats = domain.jobStats()
-            if stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
-                return _check_success(domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED))
-        report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
+        stats = _look(link, instance_id)
+        if stats is not None and stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
+            return
+        if stats is not None:
+            report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
         time.sleep(pause)
         pause = min(pause * 1.5, _POLL_S)
+
+
+def _look(link: Link, instance_id: str) -> Mapping[str, Any] | None:
+    """How far the job is; None where QEMU is just ending and cannot be asked. Raises `Interrupted` when it has ended,
+    and what the job failed of.
+    """
+    with link.call() as connection:
+        domain = domains.find(connection, instance_id)
+        if not domain.isActive():
+            raise Interrupted
+        try:
+            stats: dict[str, Any] = domain.jobStats()
+        except libvirt.libvirtError as exc:
+            if errors.is_lost(exc):
+                raise
+            if domain.isActive():
+                if _MONITOR_GONE not in (exc.get_error_message() or ""):
+                    raise
+                return None
+            raise Interrupted from exc
+        if stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
+            _check_success(domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED))
+        return stats
 
 
 def _check_success(stats: Mapping[str, Any]) -> None:
