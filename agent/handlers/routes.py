@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import create, delete, power, read
+from agent.handlers import backup, create, delete, export, power, read, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
     *delete.ROUTES,
     *power.ROUTES,
     *read.ROUTES,
+    *export.ROUTES,
+    *backup.ROUTES,
+    *snapshot.ROUTES,
 )

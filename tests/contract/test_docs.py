@@ -14,6 +14,7 @@ import agent
 from agent import config, errors, metrics
 from agent.bus.amqp import AmqpSettings
 from agent.errors import ComputeError
+from agent.exports.policy import ExportPolicy
 from agent.images.policy import ImagePolicy
 from agent.messages.codes import ERROR_CODES
 from agent.messages.commands import COMMANDS
@@ -122,7 +123,7 @@ def test_configuration_reference_is_current() -> None:
     assert current, "docs/config.toml is not what the program says; run: compute-agent config > docs/config.toml"
 
 
-@pytest.mark.parametrize(("section", "model"), [("bus", AmqpSettings), ("images", ImagePolicy)])
+@pytest.mark.parametrize(("section", "model"), [("bus", AmqpSettings), ("images", ImagePolicy), ("exports", ExportPolicy)])
 def test_keys_of_the_larger_sections_are_explained(section: str, model: Any) -> None:
     for key in model.model_fields:
         assert f"| `{section}.{key}` |" in OPERATING

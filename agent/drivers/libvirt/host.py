@@ -33,6 +33,7 @@ from agent.drivers.libvirt.refusals import Offer
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
 from agent.drivers.plain import check_plain
+from agent.drivers.verbs import snapshot
 from agent.errors import FailedPrecondition
 from agent.messages.cpus import parse_cpus
 from agent.messages.events import NumaCell
@@ -40,8 +41,8 @@ from agent.messages.spec import InstanceSpec
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console, and reboots without an event that could prove it.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"}
+# The simulation has no console, reboots without an event that could prove it, and its disks hold nothing.
+_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"} - snapshot.VERBS
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

@@ -12,7 +12,7 @@ from agent.drivers.base import CallContext
 from agent.drivers.libvirt import programs
 from agent.drivers.libvirt.encryption import Key
 from agent.drivers.libvirt.settings import LibvirtSettings
-from agent.errors import DeadlineExceeded, Internal, Unsupported
+from agent.errors import ComputeError, DeadlineExceeded, Internal, Unsupported
 
 _SECRET: Final = "key"  # noqa: S105 - the name under which QEMU gets it
 _ATTEMPTS: Final = 40
@@ -64,6 +64,12 @@ def _own_codes() -> Iterator[None]:
         raise DeadlineExceeded(exc.message, code="qemu_img_timeout") from exc
     except Internal as exc:
         raise Internal(exc.message, code="qemu_img_failed") from exc
+
+
+def failure(message: str) -> ComputeError:
+    """Return the error for what qemu-img complained of."""
+    found = programs.failure("qemu-img", message)
+    return Internal(found.message, code="qemu_img_failed") if isinstance(found, Internal) else found
 
 
 def opened(path: Path, format: str, *, locked: bool, block: bool = False) -> str:

@@ -27,8 +27,10 @@ from agent.drivers.base import (
     PowerChanged,
     PreparedImage,
 )
+from agent.drivers.verbs.snapshot import ExportRequest, RevertRequest, SnapshotRequest
 from agent.errors import Unsupported
 from agent.messages.events import PowerState
+from agent.messages.life import ORDINARY
 from agent.messages.spec import InstanceSpec
 
 WAIT_S = 20.0
@@ -200,11 +202,20 @@ def count_calls() -> Iterator[dict[str, int]]:
 
 Verb = Callable[[Driver, str], object]
 
+NO_EXPORT = ExportRequest({"root": Path("/nonexistent/root.qcow2")}, "qcow2")
+NO_REVERT = RevertRequest("s", 1, ORDINARY, None, "mark")
+
 OPTIONAL: dict[str, Verb] = {
     "instance.pause": lambda driver, uid: driver.pause(uid),
     "instance.resume": lambda driver, uid: driver.resume(uid),
     "instance.reboot": lambda driver, uid: driver.reboot(uid),
     "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+    "instance.export": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
+    "instance.backup": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
+    "snapshot.create": lambda driver, uid: driver.create_snapshot(uid, make_spec(), SnapshotRequest("s"), CallContext()),
+    "snapshot.list": lambda driver, uid: driver.list_snapshots(uid),
+    "snapshot.revert": lambda driver, uid: driver.revert_snapshot(uid, make_spec(), NO_REVERT, CallContext()),
+    "snapshot.delete": lambda driver, uid: driver.delete_snapshot(uid, make_spec(), "s", CallContext()),
 }
 assert set(OPTIONAL) == OPTIONAL_VERBS
 

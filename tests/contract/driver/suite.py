@@ -12,10 +12,17 @@ from contract_definition import DefinitionContract
 from contract_life import LifeContract
 from contract_machine import MachineContract
 from contract_reading import ReadingContract
+from contract_snapshot import SnapshotContract
 from contract_storage import StorageContract
 
 
 class DriverContract(
-    LifeContract, MachineContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract
+    LifeContract,
+    MachineContract,
+    DefinitionContract,
+    ReadingContract,
+    StorageContract,
+    SnapshotContract,
+    ConnectionContract,
 ):
     """All of it."""
