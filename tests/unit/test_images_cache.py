@@ -74,7 +74,7 @@ class Remote:
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
 
-    def open_source(self, url, _policy):
+    def open_source(self, url, _policy, _resume=None):
         @asynccontextmanager
         async def opened():
             self.opened += 1
@@ -214,7 +214,7 @@ async def test_too_large_by_its_length(cache, folder, image):
 
 async def test_too_large_without_a_length(cache, folder, image, remote, monkeypatch):
     class Endless(Remote):
-        def open_source(self, _url, _policy):
+        def open_source(self, _url, _policy, _resume=None):
             @asynccontextmanager
             async def opened():
                 async def read():
