@@ -69,6 +69,11 @@ class ImageCache:
         self._making_room = asyncio.Lock()
         self.who_uses: WhoUses = lambda: None
 
+    @property
+    def limit_bytes(self) -> int | None:
+        """The quota of the cache, or None."""
+        return None if self._policy.max_cache_mib is None else self._policy.max_cache_mib * MIB
+
     async def clean_partials(self) -> int:
         """Make the folder, remove the leftovers of a killed process, and return how many there were.
 
@@ -118,9 +123,11 @@ class ImageCache:
         stored = await asyncio.to_thread(entry.scan, self._directory)
         used = self.who_uses() or {}
         found = [_described(image, used.get(image.sha256, Users())) for image in stored]
-        for shared in self._shared.values():
-            if shared.progress is not None:
-                found.append(_under_way(shared, used.get(shared.source.sha256, Users())))
+        found += [
+            _under_way(shared, used.get(shared.source.sha256, Users()))
+            for shared in self._shared.values()
+            if shared.progress is not None
+        ]
         return sorted(found, key=lambda image: (image.sha256, image.kind))
 
     async def find(self, sha256: str) -> list[CachedImage]:
@@ -250,16 +257,22 @@ class ImageCache:
             await self._make_room(shared, needed)
 
         download = Download(
-            self._directory, source, self._policy, shared.report, promised, make_room, boot_file=key[-1]
+            self._directory,
+            source,
+            self._policy,
+            report=shared.report,
+            promised=promised,
+            make_room=make_room,
+            boot_file=key[-1],
         )
         shared.run(download, ended)
         return shared
 
     async def _make_room(self, shared: Shared | None, needed: int) -> None:
         """Let unused images go, the least recently used first, until `needed` bytes fit. Raises `ResourceExhausted`."""
-        if self._policy.max_cache_mib is None:
+        quota = self.limit_bytes
+        if quota is None:
             return
-        quota = self._policy.max_cache_mib * MIB
         async with self._making_room:
             stored = await asyncio.to_thread(entry.scan, self._directory)
             claims = sum(other.claim for other in self._shared.values() if other is not shared)

@@ -16,7 +16,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.errors import Cancelled, ComputeError, DeadlineExceeded, ImageRejected, Internal, ResourceExhausted, Unsupported
+from agent.errors import (
+    Cancelled,
+    ComputeError,
+    DeadlineExceeded,
+    ImageRejected,
+    Internal,
+    ResourceExhausted,
+    Unsupported,
+)
 from agent.images.policy import MIB, ImagePolicy
 from agent.messages.types import ImageFormat
 
@@ -92,7 +100,9 @@ class Conversion:
                     env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
                 )  # fmt: skip
             except FileNotFoundError as exc:
-                raise Unsupported("setpriv and prlimit (util-linux) are not installed", code="qemu_img_missing") from exc
+                raise Unsupported(
+                    "setpriv and prlimit (util-linux) are not installed", code="qemu_img_missing"
+                ) from exc
             return self._child
 
     def _follow(self, child: subprocess.Popen[bytes]) -> str:
@@ -123,7 +133,9 @@ def _translate(status: int, said: str) -> ComputeError:
     if "failed to execute qemu-img" in said:
         return Unsupported("qemu-img is not installed on this host", code="qemu_img_missing")
     if status in {-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGXFSZ} or os.strerror(errno.EFBIG) in said:
-        return ImageRejected("qemu-img cannot convert the image within its limits of time and size", code="image_corrupt")
+        return ImageRejected(
+            "qemu-img cannot convert the image within its limits of time and size", code="image_corrupt"
+        )
     if status < 0:
         name = signal.Signals(-status).name
         return ImageRejected(f"qemu-img was ended by {name} as it read the image", code="image_corrupt")

@@ -57,10 +57,10 @@ class Download:
         directory: Path,
         source: ImageSource,
         policy: ImagePolicy,
+        *,
         report: Report,
         promised: Promised,
         make_room: MakeRoom,
-        *,
         boot_file: bool = False,
     ) -> None:
         self.stage: Stage = "downloading"

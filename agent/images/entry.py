@@ -115,7 +115,7 @@ def look(image: Path) -> Stored | None:
         return None
     except OSError as exc:
         raise storage_error(exc) from exc
-    kind: Kind = name[2]  # type: ignore[assignment] - the pattern admits just these
+    kind = next(kind for kind in KINDS if kind == name[2])
     wanted = (name[1], "raw" if kind == "file" else kind, status.st_size)
     if entry is not None and (entry.sha256, entry.format, entry.size_bytes) != wanted:
         entry = None
@@ -127,12 +127,12 @@ def look(image: Path) -> Stored | None:
 def scan(directory: Path) -> list[Stored]:
     """Look at every image in the cache, by name. Raises as `load`."""
     try:
-        names = sorted(os.listdir(directory))
+        paths = sorted(directory.iterdir())
     except FileNotFoundError:
         return []
     except OSError as exc:
         raise storage_error(exc) from exc
-    return [stored for name in names if (stored := look(directory / name)) is not None]
+    return [stored for path in paths if (stored := look(path)) is not None]
 
 
 def find(directory: Path, source: ImageSource, policy: ImagePolicy, *, boot_file: bool = False) -> PreparedImage | None:
@@ -141,7 +141,8 @@ def find(directory: Path, source: ImageSource, policy: ImagePolicy, *, boot_file
     Raises `ImageRejected`: `image_format_mismatch` if these bytes are cached as something else, `image_too_large`.
     """
     kind = kind_of(source, boot_file=boot_file)
-    for other in {kind} if boot_file else {"qcow2", "raw"}:
+    beside: tuple[Kind, ...] = ("file",) if boot_file else ("qcow2", "raw")
+    for other in beside:
         entry = load(directory, source.sha256, other)
         if entry is None:
             continue

@@ -14,7 +14,16 @@ from pathlib import Path
 from agent.drivers.base import PreparedImage
 from agent.errors import ImageRejected
 from agent.images import qcow2
-from agent.images.entry import PARTIAL_PREFIX, CacheEntry, Kind, check_size, entry_path, image_path, prepared, storage_error
+from agent.images.entry import (
+    PARTIAL_PREFIX,
+    CacheEntry,
+    Kind,
+    check_size,
+    entry_path,
+    image_path,
+    prepared,
+    storage_error,
+)
 from agent.images.inspect import HEAD_BYTES, Inspector
 from agent.images.policy import RATIO_FREE_BYTES, ImagePolicy
 from agent.images.unpack import Unpacker, unpacker

@@ -57,7 +57,8 @@ def check_tables(head: bytes | bytearray, fd: int, file_bytes: int) -> None:
 
     QEMU reads what is missing as zeros. Raises as `check_head`.
     """
-    capacity, grain, entries = (struct.unpack_from(form, head, at)[0] for form, at in (("<Q", 12), ("<Q", 20), ("<I", 44)))
+    capacity, grain = struct.unpack_from("<QQ", head, 12)
+    entries = struct.unpack_from("<I", head, 44)[0]
     directory = _footer(head, fd, file_bytes)
     count = -(-capacity // (grain * entries))
     tables = array("I", os.pread(fd, 4 * count, directory * _SECTOR))
