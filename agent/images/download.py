@@ -31,8 +31,8 @@ ATTEMPTS = 3
 """In a row, without getting further in between."""
 _RETRIED = frozenset({"image_unavailable", "image_stalled", "image_truncated"})
 _CLEANUP_LIMIT_S = 10.0
-_ROOM_STEP = 64 * MIB
-"""Space that is asked for at a time where nobody knows how much it will be."""
+_ROOM_STEP = 4 * MIB
+"""Least space that is asked for at a time where nobody knows how much it will be."""
 
 Report = Callable[[int, int | None], None]
 Promised = Callable[[], int]
@@ -183,7 +183,7 @@ class Download:
                 entry.check_size(done, limit)
                 await _all(working)
                 if partial.written + len(chunk) > self._room:
-                    await self._need(partial.written + len(chunk) + _ROOM_STEP)
+                    await self._need(partial.written + len(chunk) + max(_ROOM_STEP, partial.written // 8))
                 working = [self._submit(partial.feed, chunk), self._submit_hash(partial.hash, chunk)]
                 self._report(done, stream.total)
         except Unavailable:
