@@ -7,7 +7,7 @@ import importlib
 import tempfile
 from pathlib import Path
 
-NAMES = ("commands", "create", "events", "restart", "idle", "heartbeat")
+NAMES = ("commands", "create", "events", "restart", "idle", "heartbeat", "images")
 
 
 def main() -> None:
