@@ -1,12 +1,11 @@
 """(g) Images: from the URL to the image in the cache, against curl, sha256sum and the tools by hand.
 
 A local HTTP server in a process of its own serves the same file to both sides in turn. By hand: `curl | tee file |
-sha256sum`, then `qemu-img convert` (vmdk), `zstd`'s or gzip's own tool (raw), or nothing more (qcow2).
+sha256sum`, then `qemu-img convert` (vmdk), `gzip -dc` (raw), or nothing more (qcow2).
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
 import shutil

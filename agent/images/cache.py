@@ -275,7 +275,10 @@ class ImageCache:
             return
         async with self._making_room:
             stored = await asyncio.to_thread(entry.scan, self._directory)
-            claims = sum(other.claim for other in self._shared.values() if other is not shared)
+            present = {image.sha256 for image in stored}  # published just now: it is counted already
+            claims = sum(
+                other.claim for key, other in self._shared.items() if other is not shared and key[0] not in present
+            )
             short = sum(image.disk_bytes for image in stored) + claims + needed - quota
             for image in sorted(stored, key=lambda image: image.last_used):
                 if short <= 0:

@@ -35,7 +35,7 @@ def ignore(_done, _total):
 
 def qemu_img(*arguments):
     return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, timeout=60, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ["qemu-img", *map(str, arguments)], check=True, timeout=60, capture_output=True
     ).stdout
 
 

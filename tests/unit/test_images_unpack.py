@@ -1,6 +1,7 @@
 """Decompressors: whatever the chunks and whatever the bytes, the content comes out, or a typed refusal."""
 
 import gzip
+import itertools
 import lzma
 import os
 import random
@@ -34,7 +35,7 @@ def unpack(kind, packed, cuts=(), limit=None):
 
     one = unpacker(kind, sink)
     edges = [0, *sorted(cuts), len(packed)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         one.feed(packed[start:end])
     one.finish()
     return bytes(out)
@@ -81,9 +82,11 @@ def test_a_flipped_bit_gives_a_refusal_or_the_content(kind, data):
     packed = bytearray(PACK[kind](DATA[:5000]))
     packed[data.draw(st.integers(0, len(packed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        assert unpack(kind, bytes(packed)) == DATA[:5000]  # a bit of a file name or time in a header
+        found = unpack(kind, bytes(packed))
     except ImageRejected as exc:
-        assert exc.code in {"image_corrupt", "image_format_mismatch", "image_unsafe"}
+        found = exc.code
+    # The content, where it was a bit of a time or a name in a header.
+    assert found in {DATA[:5000], "image_corrupt", "image_format_mismatch", "image_unsafe"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
