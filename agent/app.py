@@ -35,6 +35,7 @@ from agent.events import HypervisorEvents
 from agent.exports.service import Exports
 from agent.handlers import host, operation
 from agent.handlers.due import issue_due
+from agent.handlers.images import Usage
 from agent.handlers.routes import ROUTES
 from agent.health import HealthServer, Watchdog
 from agent.identity import compute_id
@@ -104,7 +105,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         sink: list[HypervisorEvents] = []
         driver = _make_driver(settings, self.state_dir, lambda event: sink[0].sink(event))  # noqa: PLW0108 - made later
-        images = ImageCache(self.state_dir / "images", settings.images)
+        self._images = images = ImageCache(self.state_dir / "images", settings.images)
         self.ctx = Context(
             host=name,
             compute_id=self.compute_id,
@@ -156,6 +157,7 @@ class Agent:
         self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
         self._own("due", every("due", periodic.due_s, lambda: issue_due(self.ctx, self._runner, now())))
         self._own("prune", every("prune", periodic.prune_s, chores.prune))
+        self._own("images", every("images", periodic.images_s, chores.images))
         self._own("requests", every("requests", periodic.requests_s, chores.requests))
         self._own("gauges", every("gauges", periodic.heartbeat_s, chores.gauges))
         interval_s = watchdog_interval_s()
@@ -170,6 +172,7 @@ class Agent:
             self._runner.expect(interrupted)  # half-made instances are no drift
             await self._connect_driver()
             self._recovered = await self._runner.resume(interrupted)
+            self._images.who_uses = Usage(self.ctx, self._runner)  # not before: an interrupted command uses its image
             await broker
         finally:
             broker.cancel()

@@ -122,6 +122,7 @@ class PeriodicSection(Section):
     reconcile_s: Seconds = Field(default=60.0, description="Between comparisons of journal and hypervisor.")
     due_s: Seconds = Field(default=5.0, description="Between looks for instances whose deadlines have passed.")
     prune_s: Seconds = Field(default=3600.0, description="Between prunings of the journal.")
+    images_s: Seconds = Field(default=600.0, description="Between looks for cached images that may go.")
     requests_s: Seconds = Field(default=5.0, description="Between looks for requests of the journal tool.")
     keep_operations_s: Seconds = Field(default=7 * 86_400.0, description="How long ended operations answer duplicates.")
 

@@ -173,6 +173,16 @@ class Chores:
         while forgotten == limit:
             forgotten = await self._ctx.journal.store.prune(now() - self._keep, limit)
 
+    async def images(self) -> None:
+        """Let unused images go; say so where an image in use is damaged."""
+        damaged = await self._ctx.images.tidy()
+        if damaged:
+            self._ctx.state.conditions["images"] = (
+                f"{len(damaged)} cached images in use are damaged, one of them {damaged[0]}; see `image.list`"
+            )
+        else:
+            self._ctx.state.conditions.pop("images", None)
+
     async def requests(self) -> None:
         """Carry out what an administrator asked for with `compute-agent journal retry`."""
         for operation_id in await self._ctx.journal.store.take_requests():

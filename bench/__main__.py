@@ -7,7 +7,7 @@ import importlib
 import tempfile
 from pathlib import Path
 
-NAMES = ("commands", "create", "events", "restart", "idle", "heartbeat", "snapshot")
+NAMES = ("commands", "create", "events", "restart", "idle", "heartbeat", "images", "snapshot")
 
 
 def main() -> None:

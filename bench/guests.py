@@ -184,7 +184,19 @@ class ByHand:
         files.disks["root"].path.parent.mkdir(parents=True)
         steps = {"overlay": 0.0, "define": 0.0, "start": 0.0}
         begun = time.perf_counter()
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), "--", str(files.disks["root"].path)]
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            str(base),
+            "--",
+            str(files.disks["root"].path),
+        ]
         subprocess.run([*command, str(DISK_MIB * 1024 * 1024)], check=True, capture_output=True)
         steps["overlay"] = time.perf_counter() - begun
         document = self.document(instance_id, spec)

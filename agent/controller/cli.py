@@ -13,6 +13,7 @@ import structlog
 from agent import __version__
 from agent.controller.commands_events import events
 from agent.controller.commands_host import host
+from agent.controller.commands_image import image
 from agent.controller.commands_instance import instance
 from agent.controller.commands_operation import operation
 from agent.controller.commands_snapshot import instance_backup, instance_backups, instance_export, snapshot
@@ -59,7 +60,7 @@ def cli(
     session.timeout_s = timeout_s
 
 
-for command in (instance, host, operation, events, snapshot):
+for command in (instance, host, image, operation, events, snapshot):
     cli.add_command(command)
 for command in (instance_export, instance_backup, instance_backups):
     instance.add_command(command)

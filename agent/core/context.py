@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agent.core.instances import Instances
     from agent.core.journal import Journal
     from agent.drivers.executor import DriverExecutor
+    from agent.images.cache import CachedImage
 
 
 def now() -> datetime:
@@ -27,10 +28,32 @@ def now() -> datetime:
 class Images(Protocol):
     """Where verified images come from."""
 
+    @property
+    def limit_bytes(self) -> int | None:
+        """The quota of the cache."""
+
     async def prepare(
         self, source: ImageSource, progress: Callable[[int, int | None], None], *, boot_file: bool = False
     ) -> PreparedImage:
         """Return the image, fetched and verified if it is not in the cache yet. `boot_file`: a kernel or ramdisk."""
+
+    async def images(self) -> list[CachedImage]:
+        """List the cache."""
+
+    async def find(self, sha256: str) -> list[CachedImage]:
+        """Return what the cache has of these bytes. Raises `NotFound`."""
+
+    def check_unused(self, sha256: str) -> None:
+        """Refuse if an instance or an operation uses the image."""
+
+    async def remove(self, sha256: str) -> int:
+        """Remove an unused image; return the bytes that are free again."""
+
+    async def verify(self, sha256: str, progress: Callable[[int, int | None], None]) -> bool:
+        """Tell whether the image's bytes are those that were published."""
+
+    async def tidy(self) -> list[str]:
+        """Let go what may go; return the sha256 of each image that is damaged and in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +75,8 @@ class HostState:
     disabled_reason: str | None = None
     connected: asyncio.Event = field(default_factory=asyncio.Event)
     ready: bool = False
+    surveyed: bool = False
+    """Every domain was read once since the start: there is no instance that is not known."""
     capabilities: Capabilities = field(
         default_factory=lambda: Capabilities(hypervisor_type="unknown", hypervisor_version="", verbs=frozenset())
     )

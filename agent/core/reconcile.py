@@ -47,6 +47,7 @@ async def reconcile(ctx: Context, runner: Runner, *, resync: bool, needed: Calla
         if difference.change.events or difference.change.instances:
             await ctx.journal.commit(difference.change)
             ctx.heartbeat_now()
+        ctx.state.surveyed = True
         return True
 
 

@@ -75,6 +75,10 @@ class Runner:
         """Whether an operation runs that does not wait for a guest or an image."""
         return any(item.operation is not None and not item.operation.waits for item in self._open.values())
 
+    def commands(self) -> list[tuple[str, Command[Any]]]:
+        """Id and command of every operation without final result."""
+        return [(item.record.id, item.command) for item in self._open.values()]
+
     def busy_instances(self) -> set[str]:
         """Instances that an operation acts on, now or soon, or left something of. Those that are only read are not."""
         open_now = {

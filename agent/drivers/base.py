@@ -23,7 +23,7 @@ from agent.errors import Unsupported
 from agent.messages.events import HypervisorEvent, NumaCell, PowerState
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
-from agent.messages.types import ImageFormat
+from agent.messages.types import DiskFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class PreparedImage:
     """A verified image in the agent's cache. It never changes while an instance uses it as a backing file."""
 
     path: Path
-    format: ImageFormat
+    format: DiskFormat
     virtual_size_bytes: int
     sha256: str
 

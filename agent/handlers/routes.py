@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import backup, create, delete, export, power, read, snapshot
+from agent.handlers import backup, create, delete, export, images, power, read, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
@@ -13,4 +13,5 @@ ROUTES: tuple[Route, ...] = (
     *export.ROUTES,
     *backup.ROUTES,
     *snapshot.ROUTES,
+    *images.ROUTES,
 )

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from agent.errors import ImageRejected
-from agent.images import qcow2
+from agent.images import qcow2, vhdx, vmdk
 from agent.images.policy import MIB, ImagePolicy
 from agent.messages.types import ImageFormat
 
@@ -59,12 +59,14 @@ class Inspector:
     `image_corrupt`, `image_too_large`.
     """
 
-    def __init__(self, declared: ImageFormat, policy: ImagePolicy) -> None:
+    def __init__(self, declared: ImageFormat | None, policy: ImagePolicy) -> None:
+        """`declared` None: the file is no disk image, and may hold whatever it likes."""
         self._declared = declared
         self._policy = policy
         self._head = bytearray()
-        self._judged = False
+        self._judged = declared is None
         self._qcow2: qcow2.Qcow2Header | None = None
+        self._virtual: int | None = None
 
     def feed(self, chunk: bytes | bytearray) -> None:
         """Look at the next bytes; raises as soon as the image cannot be accepted."""
@@ -80,11 +82,14 @@ class Inspector:
             self._judge()
         if file_bytes == 0:
             raise qcow2.corrupt("the image is empty")
-        if self._qcow2 is None:
-            virtual = file_bytes
-        else:
+        if self._qcow2 is not None:
             qcow2.check_tables(self._qcow2, fd, file_bytes)
             virtual = self._qcow2.virtual_size_bytes
+        elif self._virtual is not None:
+            vmdk.check_tables(self._head, fd, file_bytes)
+            virtual = self._virtual
+        else:
+            virtual = vhdx.check_file(fd, file_bytes) if self._declared == "vhdx" else file_bytes
         check_virtual_size(virtual, self._policy)
         return virtual
 
@@ -97,13 +102,21 @@ class Inspector:
             if alien:
                 raise _mismatch("raw", alien)
             return
-        if "qcow2" not in found:
-            raise _mismatch("qcow2", sorted(found))
+        declared = str(self._declared)
+        if declared not in found:
+            raise _mismatch(declared, sorted(found))
         if len(found) > 1:
             raise qcow2.unsafe(f"the image is of several formats at once: {', '.join(sorted(found))}")
-        _check_safety(found["qcow2"])
-        self._qcow2 = qcow2.parse_header(head)
-        check_virtual_size(self._qcow2.virtual_size_bytes, self._policy)
+        if declared == "vhdx":
+            return  # its tables lie anywhere: see `finish`
+        if declared == "vmdk":
+            self._head = head[:512]
+            self._virtual = vmdk.check_head(head)
+            check_virtual_size(self._virtual, self._policy)
+        _check_safety(found[declared], complete=declared == "qcow2")
+        if declared == "qcow2":
+            self._qcow2 = qcow2.parse_header(head)
+            check_virtual_size(self._qcow2.virtual_size_bytes, self._policy)
 
 
 def _mismatch(declared: str, found: list[str]) -> ImageRejected:
@@ -137,13 +150,16 @@ def _recognise(head: bytearray) -> dict[str, Any]:
     return found
 
 
-def _check_safety(inspector: Any) -> None:
+def _check_safety(inspector: Any, *, complete: bool) -> None:
     from oslo_utils.imageutils import format_inspector  # noqa: PLC0415
 
     try:
         inspector.safety_check()
     except format_inspector.SafetyCheckFailed as exc:
-        reasons = "; ".join(f"{name}: {failure}" for name, failure in sorted(exc.failures.items()))
-        raise qcow2.unsafe(f"the qcow2 image is not safe to use ({reasons})") from exc
+        # A footer is not among the first bytes; `vmdk.check_tables` looks at it when it has come.
+        failures = {name: why for name, why in exc.failures.items() if complete or name != "footer"}
+        if failures:
+            reasons = "; ".join(f"{name}: {failure}" for name, failure in sorted(failures.items()))
+            raise qcow2.unsafe(f"the {inspector} image is not safe to use ({reasons})") from exc
     except format_inspector.ImageFormatError as exc:
-        raise qcow2.unsafe(f"the qcow2 image cannot be checked ({exc})") from exc
+        raise qcow2.unsafe(f"the {inspector} image cannot be checked ({exc})") from exc

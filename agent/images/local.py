@@ -17,15 +17,15 @@ from pathlib import Path
 
 from agent.errors import ComputeError, ImageRejected, Unavailable
 from agent.images.policy import ImagePolicy, forbidden, local_path
-from agent.images.stream import CHUNK, Stream, stalled, truncated
+from agent.images.stream import CHUNK, Resume, Stream, stalled, truncated
 
 
 @asynccontextmanager
-async def open_file(url: str, policy: ImagePolicy) -> AsyncIterator[Stream]:
+async def open_file(url: str, policy: ImagePolicy, resume: Resume | None = None) -> AsyncIterator[Stream]:
     """Open the file below one of the policy's roots. Errors as of `fetch.open_source`."""
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, thread_name_prefix="image-read")
-    source = _FileSource(url, policy)
+    source = _FileSource(url, policy, resume)
     done = 0
 
     async def read() -> bytes:
@@ -46,7 +46,8 @@ async def open_file(url: str, policy: ImagePolicy) -> AsyncIterator[Stream]:
                 await loop.run_in_executor(executor, source.open)
         except TimeoutError as exc:
             raise stalled(url, policy.connect_timeout_s) from exc
-        yield Stream(source.size, read)
+        done = source.offset
+        yield Stream(source.size, read, source.offset, source.validator)
     finally:
         # Queued behind a read that may still hang: the thread closes the file when it comes back.
         executor.submit(source.close)
@@ -56,8 +57,11 @@ async def open_file(url: str, policy: ImagePolicy) -> AsyncIterator[Stream]:
 class _FileSource:
     """A local image file; all methods run in the stream's thread."""
 
-    def __init__(self, url: str, policy: ImagePolicy) -> None:
+    def __init__(self, url: str, policy: ImagePolicy, resume: Resume | None) -> None:
         self.size = 0
+        self.offset = 0
+        self.validator = ""
+        self._resume = resume
         self._url = url
         self._policy = policy
         self._path = Path()
@@ -68,6 +72,9 @@ class _FileSource:
         try:
             self._fd = _open_without_symlinks(self._path)
             status = os.fstat(self._fd)
+            self.validator = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+            if self._resume is not None and self._resume.validator == self.validator:
+                self.offset = os.lseek(self._fd, self._resume.offset, os.SEEK_SET)
         except OSError as exc:
             raise _translate(self._path, exc) from exc
         if not stat.S_ISREG(status.st_mode):

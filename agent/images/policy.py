@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from agent.errors import ImageRejected
+from agent.images.signature import public_key
+from agent.messages.spec_disks import ImageSignature
+from agent.messages.types import Name
 
 MIB = 1024 * 1024
+RATIO_FREE_BYTES = 1024 * MIB
+"""A decompressed image of this size harms nobody, whatever its ratio: an empty disk compresses very well."""
 
 Scheme = Literal["file", "http", "https"]
 PositiveSeconds = Annotated[float, Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
@@ -32,6 +37,10 @@ class ImagePolicy(BaseModel):
     `allow_private_addresses`: if false, a connection to an address that is not globally reachable is
     refused when it is made, whatever name led there. Sizes are in MiB, times in seconds; `stall_timeout_s`
     bounds the wait for the next bytes, `total_timeout_s` the whole of one download with all its attempts.
+
+    Decompressed bytes are limited by `max_virtual_size_mib` if it is set, else by `max_size_mib`, and to `max_ratio`
+    times the compressed ones where they are more than `RATIO_FREE_BYTES`. `trusted_keys`: name → Ed25519 public key,
+    base64 of its 32 bytes or PEM. `max_cache_mib` bounds the disk space of the cached images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +63,37 @@ class ImagePolicy(BaseModel):
     max_redirects: Annotated[int, Field(ge=0, le=20)] = Field(
         default=5, description="Redirects followed; each is checked."
     )
+
+    max_ratio: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=1000, description="Largest decompressed size per compressed size; not asked below 1 GiB."
+    )
+    trusted_keys: dict[Name, str] = Field(
+        default_factory=dict, description="Name of a key: an Ed25519 public key (PEM, or base64 of its 32 bytes)."
+    )
+    require_signature: bool = Field(default=False, description="Refuse images without a signature by a trusted key.")
+    convert_timeout_s: PositiveSeconds = Field(default=3600, description="One conversion (vmdk, vhdx) to qcow2.")
+    convert_memory_mib: PositiveMib = Field(default=1024, description="Address space of qemu-img in a conversion.")
+    max_cache_mib: PositiveMib | None = Field(
+        default=None, description="Disk space for cached images; unused ones go when it is needed."
+    )
+    keep_unused_s: Annotated[float, Field(ge=0, le=3650 * 86_400, allow_inf_nan=False)] = Field(
+        default=7 * 86_400, description="How long a cached image stays that nobody uses."
+    )
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _readable_keys(cls, keys: dict[str, str]) -> dict[str, str]:
+        for name, text in keys.items():
+            try:
+                public_key(text)
+            except ValueError as exc:
+                raise ValueError(f"{name}: {exc}") from exc
+        return keys
+
+    @property
+    def max_unpacked_bytes(self) -> int:
+        """The limit on an image's bytes after decompression."""
+        return (self.max_virtual_size_mib or self.max_size_mib) * MIB
 
     def max_bytes(self, asked_mib: int | None) -> int:
         """The lower of the host's and the command's limit on the download, in bytes."""
@@ -89,6 +129,22 @@ def check_source(policy: ImagePolicy, url: str) -> None:
             raise forbidden(f"a file URL must be of this host, not of {host!r}; write file:///path")
         return
     check_hop(policy, parts.scheme, host, has_user="@" in parts.netloc)
+
+
+def trusted_key(policy: ImagePolicy, signature: ImageSignature | None) -> bytes | None:
+    """Return the key that a source's signature is to be checked with; None where none is there and none is needed.
+
+    Raises `ImageRejected` with code `image_unsigned` or `image_key_unknown`.
+    """
+    if signature is None:
+        if policy.require_signature:
+            raise ImageRejected("this host takes only images with a signature; give one", code="image_unsigned")
+        return None
+    text = policy.trusted_keys.get(signature.key)
+    if text is None:
+        message = f"this host trusts no key {signature.key!r}; see images.trusted_keys"
+        raise ImageRejected(message, code="image_key_unknown", key=signature.key)
+    return public_key(text)
 
 
 def check_hop(policy: ImagePolicy, scheme: str, host: str, *, has_user: bool) -> None:

@@ -15,15 +15,27 @@ Chunk = bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a broken read is to go on: at byte `offset`, if the source still is what `validator` stood for."""
+
+    offset: int
+    validator: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
     """An open source: `total` is its length in bytes where known; `read` returns b"" at the end.
 
-    `read` raises `Unavailable` (a retry from the start may help) when the source stalls, fails, or ends
-    before `total` bytes (code `image_truncated`).
+    `offset` is where reading begins: what was asked for, or 0 where the source cannot go on there. `validator`
+    stands for these very bytes in a later `Resume`; None where the source has none. `read` raises `Unavailable`
+    (another attempt may help) when the source stalls, fails, or ends before `total` bytes (code
+    `image_truncated`); all that came before was returned by then.
     """
 
     total: int | None
     read: Callable[[], Awaitable[Chunk]]
+    offset: int = 0
+    validator: str | None = None
 
 
 def stalled(url: str, limit_s: float) -> Unavailable:

@@ -334,6 +334,31 @@ def test_host_commands(ctl: Ctl) -> None:
     assert ctl.commands[-2].data.model_dump() == {"enabled": False, "reason": "disk swap"}
 
 
+def test_image_commands(ctl: Ctl) -> None:
+    sha = "0" * 64
+    view = {"sha256": sha, "format": "qcow2", "state": "ready", "size_bytes": 2**20, "disk_bytes": 2**20, "in_use_by": ["x"]}
+    ctl.answers = {
+        "image.list": succeed({"images": [view], "disk_bytes": 2**20, "limit_bytes": 2**30}),
+        "image.prefetch": succeed({"changed": True}),
+        "image.remove": succeed({"freed_bytes": 2**20}),
+        "image.verify": succeed({"intact": False}),
+    }
+    listed = ctl("image", "ls", "--host", HOST)
+    assert sha in listed.output
+    assert "1.0 MiB of 1024.0 MiB used" in listed.output
+    assert json.loads(ctl("image", "ls", "--host", HOST, "--json").output)["images"] == [view]
+    url = "https://images.example/a"
+    done = ctl("image", "prefetch", url, sha, "--host", HOST, "--format", "vmdk", "--compression", "xz")
+    assert done.exit_code == 0, done.output
+    image = ctl.commands[-1].data.image
+    assert (image.url, image.sha256, image.format, image.compression) == (url, sha, "vmdk", "xz")
+    assert ctl("image", "prefetch", url, sha, "--host", HOST, "--key", "k").exit_code == 2
+    assert ctl("image", "prefetch", "ftp://x", sha, "--host", HOST).exit_code == 2
+    assert "1.0 MiB are free" in ctl("image", "rm", sha, "--host", HOST).output
+    assert ctl("image", "rm", "short", "--host", HOST).exit_code == 2
+    assert ctl("image", "verify", sha, "--host", HOST).exit_code == 1
+
+
 def test_operation_commands(ctl: Ctl) -> None:
     steps = [{"index": 0, "name": "claim", "state": "done"}]
     ctl.answers["operation.show"] = succeed({"id": "op-1", "state": "running", "error": None, "steps": steps})

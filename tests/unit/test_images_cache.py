@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ import stamina
 from blockbuster import blockbuster_ctx
 
 from agent.errors import DeadlineExceeded, ImageRejected, ResourceExhausted, Unavailable
+from agent.images import download
+from agent.images import entry as entry_module
 from agent.images.cache import ImageCache
 from agent.images.policy import ImagePolicy
 from agent.images.stream import Stream
@@ -74,7 +77,7 @@ class Remote:
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
 
-    def open_source(self, url, _policy):
+    def open_source(self, url, _policy, _resume=None):
         @asynccontextmanager
         async def opened():
             self.opened += 1
@@ -214,7 +217,7 @@ async def test_too_large_by_its_length(cache, folder, image):
 
 async def test_too_large_without_a_length(cache, folder, image, remote, monkeypatch):
     class Endless(Remote):
-        def open_source(self, _url, _policy):
+        def open_source(self, _url, _policy, _resume=None):
             @asynccontextmanager
             async def opened():
                 async def read():
@@ -459,3 +462,141 @@ async def test_nothing_blocks_the_loop(cache, image):
         await cache.clean_partials()
         await cache.prepare(source_of(image), ignore)
         await cache.prepare(source_of(image), ignore)
+
+
+async def test_decompressed_while_it_comes(cache, folder, tmp_path):
+    content = DATA + bytes(3 * MIB) + DATA
+    packed = gzip.compress(content, 1, mtime=0)
+    path = tmp_path / "sources" / "a.gz"
+    path.write_bytes(packed)
+    source = source_of(path, hashlib.sha256(packed).hexdigest(), compression="gzip")
+    prepared = await cache.prepare(source, ignore)
+    assert prepared.path.read_bytes() == content
+    assert (prepared.virtual_size_bytes, prepared.sha256) == (len(content), source.sha256)
+    assert prepared.path.stat().st_blocks * 512 < len(content) - 2 * MIB, "zeros take no space"
+    assert await cache.verify(source.sha256, ignore)
+    assert await cache.prepare(source, ignore) == prepared
+    with pytest.raises(ImageRejected) as caught:
+        await cache.prepare(source.model_copy(update={"compression": None}), ignore)
+    assert caught.value.code == "image_format_mismatch"
+
+
+async def test_an_image_that_ends_with_a_hole(cache, image):
+    content = DATA + bytes(4 * MIB)
+    image.write_bytes(content)
+    prepared = await cache.prepare(source_of(image, hashlib.sha256(content).hexdigest()), ignore)
+    assert prepared.path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "code"),
+    [
+        (DATA, {"max_size_mib": 2}, "image_too_large"),
+        (DATA, {"max_virtual_size_mib": 2}, "image_too_large"),
+        (bytes(2 * MIB), {"max_ratio": 100}, "image_too_large"),
+        (b"QFI\xfb" + DATA, {}, "image_format_mismatch"),
+    ],
+    ids=["size", "virtual size", "ratio", "format"],
+)
+async def test_limits_hold_for_what_is_decompressed(folder, image, monkeypatch, content, settings, code):
+    monkeypatch.setattr("agent.images.partial.RATIO_FREE_BYTES", MIB)
+    packed = gzip.compress(content, mtime=0)
+    image.write_bytes(packed)
+    cache = ImageCache(folder, ImagePolicy(file_roots=[image.parent], **settings))
+    with pytest.raises(ImageRejected) as caught:
+        await cache.prepare(source_of(image, hashlib.sha256(packed).hexdigest(), compression="gzip"), ignore)
+    assert caught.value.code == code
+    assert names(folder) == []
+
+
+async def test_checksum_is_of_the_compressed_bytes(cache, folder, image):
+    image.write_bytes(gzip.compress(DATA, mtime=0))
+    with pytest.raises(ImageRejected) as caught:
+        await cache.prepare(source_of(image, SHA, compression="gzip"), ignore)
+    assert caught.value.code == "image_checksum_mismatch"
+    assert names(folder) == []
+
+
+async def test_a_file_is_read_on_where_it_stalled(cache, image, monkeypatch):
+    places = []
+
+    def open_source(url, policy, resume=None):
+        places.append(resume and resume.offset)
+
+        @asynccontextmanager
+        async def opened():
+            async with real(url, policy, resume) as stream:
+                reads = []
+
+                async def read():
+                    if len(places) == 1 and reads:
+                        raise Unavailable("slow", code="image_stalled")
+                    reads.append(1)
+                    return await stream.read()
+
+                yield Stream(stream.total, read, stream.offset, stream.validator)
+
+        return opened()
+
+    real = download.open_source
+    monkeypatch.setattr(download, "open_source", open_source)
+    assert (await cache.prepare(source_of(image), ignore)).path.read_bytes() == DATA
+    assert places == [None, MIB]
+
+
+async def test_quota_for_what_nobody_knows_the_length_of(folder, image, monkeypatch):
+    """It is asked for as it grows, and what is unused goes for it."""
+    cache = ImageCache(folder, ImagePolicy(file_roots=[image.parent], max_cache_mib=8))
+    cache.who_uses = dict
+    await cache.prepare(source_of(image), ignore)
+    os.utime(folder / f"{SHA}.raw.json", (1, 1))
+    content = os.urandom(6 * MIB)
+    packed = gzip.compress(content, 1, mtime=0)
+    image.write_bytes(packed)
+    source = source_of(image, hashlib.sha256(packed).hexdigest(), compression="gzip")
+    monkeypatch.setattr(download, "_ROOM_STEP", MIB)
+    await cache.prepare(source, ignore)
+    assert names(folder) == [f"{source.sha256}.raw", f"{source.sha256}.raw.json"]
+    content = os.urandom(9 * MIB)
+    packed = gzip.compress(content, 1, mtime=0)
+    image.write_bytes(packed)
+    with pytest.raises(ResourceExhausted) as caught:
+        await cache.prepare(source_of(image, hashlib.sha256(packed).hexdigest(), compression="gzip"), ignore)
+    assert caught.value.code == "image_cache_full"
+    assert caught.value.details["short_bytes"] > 0
+    assert not [name for name in names(folder) if name.startswith(".partial")]
+
+
+async def test_an_entry_of_the_last_release_is_still_good(cache, folder, image):
+    prepared = await cache.prepare(source_of(image), ignore)
+    entry = folder / f"{SHA}.raw.json"
+    entry.chmod(0o644)
+    old = {"sha256": SHA, "format": "raw", "size_bytes": len(DATA), "virtual_size_bytes": len(DATA)}
+    entry.write_text(json.dumps(old))
+    image.unlink()
+    assert await cache.prepare(source_of(image), ignore) == prepared
+    assert await cache.verify(SHA, ignore)
+
+
+async def test_a_removal_that_is_cancelled_is_finished(cache, folder, image, monkeypatch):
+    """Else a use that comes meanwhile would find the image and lose it."""
+    await cache.prepare(source_of(image), ignore)
+    cache.who_uses = dict
+    begun, release = asyncio.Event(), threading.Event()
+    loop, real = asyncio.get_running_loop(), entry_module.discard
+
+    def slow(paths):
+        loop.call_soon_threadsafe(begun.set)
+        assert release.wait(30)
+        return real(paths)
+
+    monkeypatch.setattr(entry_module, "discard", slow)
+    removal = asyncio.create_task(cache.remove(SHA))
+    await begun.wait()
+    removal.cancel()
+    use = asyncio.create_task(cache.prepare(source_of(image), ignore))
+    await asyncio.sleep(0)
+    assert not cache._shared
+    release.set()
+    assert (await use).path.read_bytes() == DATA
+    assert names(folder) == ENTRY
