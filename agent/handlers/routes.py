@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import create, delete, power, read
+from agent.handlers import create, delete, memory, power, read
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
     *delete.ROUTES,
     *power.ROUTES,
+    *memory.ROUTES,
     *read.ROUTES,
 )

@@ -17,11 +17,19 @@ from agent.messages.commands import (
     InstanceDelete,
     InstancePause,
     InstanceReboot,
+    InstanceResume,
     InstanceStart,
     InstanceStop,
     OperationCancel,
 )
 from agent.messages.verb import CommandData
+from agent.messages.verbs_memory import (
+    InstanceMemoryDump,
+    InstanceReset,
+    InstanceSetPolicy,
+    InstanceSuspend,
+    InstanceTriggerCrashDump,
+)
 
 VERBS: dict[str, tuple[CommandData, str]] = {
     "create": (InstanceCreate(spec=spec("vm")), "running"),
@@ -31,6 +39,14 @@ VERBS: dict[str, tuple[CommandData, str]] = {
     "force": (InstanceStop(force=True), "stopped"),
     "pause": (InstancePause(), "paused"),
     "reboot": (InstanceReboot(mode="hard"), "running"),
+    "suspend": (InstanceSuspend(), "suspended"),
+    "resume-suspended": (InstanceResume(), "running"),
+    "start-suspended": (InstanceStart(), "running"),
+    "discard-suspended": (InstanceStart(discard_saved=True), "running"),
+    "reset": (InstanceReset(), "running"),
+    "trigger-crash-dump": (InstanceTriggerCrashDump(), "running"),
+    "memory-dump": (InstanceMemoryDump(), "running"),
+    "set-policy": (InstanceSetPolicy(on_stop="restart"), "running"),
 }
 
 
@@ -47,6 +63,8 @@ async def prepared(world: World, verb: str) -> str:
     if verb == "create":
         return new_id()
     instance_id = await world.create("vm", start=verb != "start")
+    if verb.endswith("-suspended"):
+        await world.do(InstanceSuspend(), instance_id=instance_id)
     await world.quiet()
     return instance_id
 
@@ -60,6 +78,10 @@ async def agrees(world: World, operation_id: str, instance_id: str, power: str) 
     kept = {record.id: record for record in await world.cut.instances()}
     known = {record.id: record for record in world.agent.ctx.instances.all()}
     assert kept == known
+    dumps = sorted(path.name for path in (world.folder / "state" / "fake" / "dumps").glob("*"))
+    made = world.finals(operation_id)[0].data["result"].get("path", "")
+    assert [name for name in dumps if name.endswith(".part")] == []
+    assert not made or Path(made).name in dumps
     if power == "gone":
         assert known == {}
         assert world.owned_files() == []
@@ -101,6 +123,14 @@ CALLS = {
     "force": ["destroy"],
     "pause": ["pause"],
     "reboot": ["destroy", "start"],
+    "suspend": ["suspend"],
+    "resume-suspended": ["restore"],
+    "start-suspended": ["restore"],
+    "discard-suspended": ["discard_saved", "start"],
+    "reset": ["reset"],
+    "trigger-crash-dump": ["inject_nmi"],
+    "memory-dump": ["memory_dump"],
+    "set-policy": ["define"],
 }
 
 

@@ -45,6 +45,9 @@ class Domain:
     paused_at: float | None = None
     boots: int = 0
     pending: dict[str, float] = field(default_factory=dict)
+    saved: str | None = None
+    """What the guest did when its memory was saved, `running` or `paused`; `damaged`: it cannot be used."""
+    nmis: int = 0
     steering: Steering = UNSTEERED
 
     @property

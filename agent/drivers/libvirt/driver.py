@@ -19,7 +19,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, errors, xml
+from agent.drivers.libvirt import binding, domains, errors, saved, xml
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -144,13 +144,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         """Start the domain, or restore it if it was saved. Running or paused already: nothing."""
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
-            if domain.isActive():
-                return
-            try:
-                domain.create()
-            except libvirt.libvirtError as exc:
-                if errors.is_lost(exc) or not domain.isActive():
-                    raise
+            if not domain.isActive():
+                saved.create(domain)
 
     def shutdown(self, instance_id: str) -> None:
         """Ask through the guest agent if it answers, else by the ACPI power button."""

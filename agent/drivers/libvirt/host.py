@@ -23,8 +23,14 @@ from agent.errors import FailedPrecondition
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console, and reboots without an event that could prove it.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"}
+# The simulation has no console and no memory, and reboots without an event that could prove it.
+_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {
+    "console.log",
+    "instance.reboot",
+    "instance.reset",
+    "instance.trigger-crash-dump",
+    "instance.memory-dump",
+}
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

@@ -33,6 +33,7 @@ class Storage:
 
     def __init__(self, settings: LibvirtSettings, state_dir: Path) -> None:
         self._settings = settings
+        self.dumps_root = settings.dumps_dir or state_dir / "dumps"
         self.root = settings.instances_dir or state_dir / "instances"
         self._backend: Backend = FileBackend(settings, self.root, "raw" if settings.simulated else "qcow2")
 

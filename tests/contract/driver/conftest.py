@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "reading", "storage")
+_PARTS = ("connection", "definition", "life", "memory", "reading", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,6 +83,8 @@ class LibvirtCase(DriverCase):
                 if domain.name().startswith(PREFIX):
                     if domain.isActive():
                         domain.destroy()
+                    if domain.hasManagedSaveImage():
+                        domain.managedSaveRemove()
                     domain.undefine()
 
 
@@ -92,6 +94,7 @@ class LibvirtTestInProcess(LibvirtCase):
             Difference.STATE_DIES_WITH_THE_DRIVER,
             Difference.STATE_DIES_WITH_THE_HYPERVISOR,
             Difference.CANNOT_BE_INTERRUPTED,
+            Difference.A_RESTORED_GUEST_RUNS,
         }
     )
 
@@ -111,7 +114,11 @@ class LibvirtDaemonCase(LibvirtCase):
 class LibvirtTestDaemon(LibvirtDaemonCase):
     differences = frozenset(
         # The daemon frees the simulation with its last connection.
-        {Difference.STATE_DIES_WITH_THE_DRIVER, Difference.STATE_DIES_WITH_THE_HYPERVISOR}
+        {
+            Difference.STATE_DIES_WITH_THE_DRIVER,
+            Difference.STATE_DIES_WITH_THE_HYPERVISOR,
+            Difference.A_RESTORED_GUEST_RUNS,
+        }
     )
 
 

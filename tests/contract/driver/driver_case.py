@@ -45,6 +45,7 @@ class Difference(Enum):
     STATE_DIES_WITH_THE_DRIVER = "domains live in the agent's process, so the next driver does not find them"
     STATE_DIES_WITH_THE_HYPERVISOR = "a restart of the hypervisor loses the domains"
     CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
+    A_RESTORED_GUEST_RUNS = "a guest that was paused when its memory was saved runs when it is restored"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
@@ -204,6 +205,10 @@ OPTIONAL: dict[str, Verb] = {
     "instance.resume": lambda driver, uid: driver.resume(uid),
     "instance.reboot": lambda driver, uid: driver.reboot(uid),
     "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+    "instance.reset": lambda driver, uid: driver.reset(uid),
+    "instance.trigger-crash-dump": lambda driver, uid: driver.inject_nmi(uid),
+    "instance.memory-dump": lambda driver, uid: driver.memory_dump(uid, "one.elf", "elf", True, CallContext()),
+    "instance.suspend": lambda driver, uid: driver.suspend(uid, CallContext()),
 }
 assert set(OPTIONAL) == OPTIONAL_VERBS
 
