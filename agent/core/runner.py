@@ -72,6 +72,14 @@ class Runner:
         """An operation without final result, or None."""
         return self._open.get(operation_id)
 
+    def operations_of(self, instance_id: str) -> list[str]:
+        """Ids of the operations on an instance without final result, in their order; not of those that only read."""
+        return [
+            item.record.id
+            for item in self._open.values()
+            if item.record.instance_id == instance_id and self._registry[item.record.verb].lane == "instance"
+        ]
+
     @property
     def at_work(self) -> bool:
         """Whether an operation runs that does not wait for a guest or an image."""

@@ -36,6 +36,7 @@ _ERRORS: Final[dict[str, type[ComputeError]]] = {
     cls.default_code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, ComputeError)
 }
 
+
 def _known_verb(verb: str) -> str:
     if verb not in OPTIONAL_VERBS:
         raise ValueError(f"{verb!r} is no optional verb")

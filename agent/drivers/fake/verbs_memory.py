@@ -13,6 +13,7 @@ from agent.errors import Cancelled, ResourceExhausted
 from agent.messages.spec import InstanceSpec
 from agent.messages.verbs_memory import DumpFormat
 
+
 class FakeMemory(Parts):
     """See `agent.drivers.verbs.memory`."""
 

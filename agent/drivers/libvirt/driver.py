@@ -7,6 +7,7 @@ call's block ends (`Link.call`).
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar, Final
 
 from agent.drivers.base import (
@@ -144,6 +145,10 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         """Start the domain, or restore it if it was saved. Running or paused already: nothing."""
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
+            if domain.isActive() and _state(domain) == libvirt.VIR_DOMAIN_CRASHED:
+                # It panicked, and libvirt is about to end it: what is to be started is a new life.
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.destroy()
             if not domain.isActive():
                 saved.create(domain)
 

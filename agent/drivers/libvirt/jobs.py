@@ -26,9 +26,7 @@ _JOIN_S: Final = 2.0
 def watched(link: Link, instance_id: str, call: CallContext) -> Iterator[None]:
     """While the block runs, tell the progress of the domain's job, and abort it when the call is cancelled."""
     done = threading.Event()
-    watcher = threading.Thread(
-        target=_watch, args=(link, instance_id, call, done), name="libvirt-job", daemon=True
-    )
+    watcher = threading.Thread(target=_watch, args=(link, instance_id, call, done), name="libvirt-job", daemon=True)
     watcher.start()
     try:
         yield

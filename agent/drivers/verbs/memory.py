@@ -38,8 +38,9 @@ class MemoryVerbs:
         raise Unsupported(f"driver {self.name} cannot suspend")
 
     def restore(self, instance_id: str, call: CallContext) -> None:  # noqa: ARG002 - for those who can
-        """Bring a suspended guest back, running or paused as it was. Not suspended: what is left of a saving is removed.
+        """Bring a suspended guest back, running or paused as it was.
 
+        Not suspended: nothing, but that what a saving left that was cut off is removed.
         Raises `FailedPrecondition` (`saved_state_damaged`): the saved memory cannot be used, and is kept.
         """
         raise Unsupported(f"driver {self.name} cannot suspend")
