@@ -41,7 +41,6 @@ PLENTY_MIB = 64
 """With so much room a guest runs on, however much there was when it was paused."""
 _CRASHED = frozenset({"crashed", "failed", "panicked", "daemon"})
 """Reasons of a stop that the guest did not want. `daemon`: its QEMU had died when the hypervisor came back."""
-_NO_DOMAIN = frozenset({"missing", "creating"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +77,10 @@ class _Past:
 class Policies:
     """Watches every instance from `begin` to `end`."""
 
-    def __init__(self, ctx: Context, runner: Runner, *, pace: Pace | None = None, boot_id: Path = BOOT_ID) -> None:
+    def __init__(self, ctx: Context, runner: Runner, *, pace: Pace | None = None) -> None:
         self._ctx = ctx
         self._runner = runner
         self._pace = pace or Pace()
-        self._boot_file = boot_id
         self._boot_id: str | None = None
         self._begun = False
         self._booted = False
@@ -99,7 +97,7 @@ class Policies:
 
     async def begin(self, kept_boot_id: str | None) -> None:
         """Look at every instance, and from now on at every change. `kept_boot_id` is what the journal has."""
-        self._boot_id = await asyncio.to_thread(_read, self._boot_file)
+        self._boot_id = await asyncio.to_thread(_read, BOOT_ID)
         self._begun = True
         if self._boot_id is not None and kept_boot_id is None:
             await self._seen_to()
@@ -159,7 +157,7 @@ class Policies:
 
     def _wanted_at_boot(self, record: InstanceRecord) -> bool:
         attempts = self._booting.get(record.id)
-        if attempts is None or attempts >= BOOT_ATTEMPTS or record.reason in _NO_DOMAIN:
+        if attempts is None or attempts >= BOOT_ATTEMPTS or record.reason == "missing":
             return False
         # One that was tried once is in a controller's hands if it is not wanted running any more.
         wanted = record.desired == "running" or (record.spec.policy.on_host_boot == "start" and attempts == 0)

@@ -43,7 +43,7 @@ _FIRST_MODULES = [
     "evdev",
     "acpiphp",
 ]
-_SECOND_MODULES = ["isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi"]
+_SECOND_MODULES = ["isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi", "pvpanic", "pvpanic-mmio"]
 
 _SECTOR = 512
 _DISK_BYTES = 64 << 20

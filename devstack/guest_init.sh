@@ -10,6 +10,7 @@
 #   seed: user-data-first-line=<text>
 #   seed: ssh-key=<first public key>                      empty when there is none
 #   seed: network-config=<present|absent>
+#   guest: act <what>                                     see guest_acts
 #   guest: tick <n>                                       1 to 5, one a second, then silence
 #   guest: powering off                                   after the ACPI power button
 
@@ -104,6 +105,27 @@ report_seed() {
   fi
 }
 
+guest_acts() {
+  # Lines of the user data such as "guest-act: 1 panic": what to do in that boot, counted on the disk.
+  while read -r key boot what; do
+    [ "${key}" = guest-act: ] && [ "${boot}" = "${boots}" ] || continue
+    echo "guest: act ${what}"
+    case "${what}" in
+      panic) echo c >/proc/sysrq-trigger ;;
+      poweroff) poweroff -f ;;
+      talk)
+        (
+          words=0
+          while sleep 0.5; do
+            words=$((words + 1))
+            echo "guest: word ${words}"
+          done
+        ) &
+        ;;
+    esac
+  done <"${user}"
+}
+
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -126,6 +148,7 @@ until find_seed; do
 done
 if [ "${tries}" -lt 15 ]; then
   report_seed
+  guest_acts
 else
   echo "seed: none"
 fi

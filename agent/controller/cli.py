@@ -14,6 +14,7 @@ from agent import __version__
 from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_instance import instance
+from agent.controller.commands_memory import COMMANDS as MEMORY_COMMANDS
 from agent.controller.commands_operation import operation
 from agent.controller.session import Address, RootGroup, Session
 
@@ -60,6 +61,8 @@ def cli(
 
 for command in (instance, host, operation, events):
     cli.add_command(command)
+for command in MEMORY_COMMANDS:
+    instance.add_command(command)
 
 
 def _log_to_stderr() -> None:

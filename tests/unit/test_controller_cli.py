@@ -219,7 +219,11 @@ def test_a_url_that_is_none_ends_with_2_and_is_not_printed() -> None:
         (("reboot", "--hard"), "instance.reboot", {"mode": "hard", "timeout_s": 60.0}),
         (("pause",), "instance.pause", {}),
         (("resume",), "instance.resume", {}),
-        (("start",), "instance.start", {}),
+        (("start",), "instance.start", {"discard_saved": False}),
+        (("start", "--discard-saved"), "instance.start", {"discard_saved": True}),
+        (("suspend",), "instance.suspend", {}),
+        (("reset",), "instance.reset", {}),
+        (("trigger-crash-dump",), "instance.trigger-crash-dump", {}),
         (("rm",), "instance.delete", {}),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.world import World, new_id, until
 
+from agent import policy
 from agent.drivers.fake.settings import Fault
 from agent.messages.commands import InstanceDelete, InstancePause, InstanceStart, InstanceStop
 from agent.messages.events import Event
@@ -24,7 +25,10 @@ SLOW = Pace(first_s=3600, longest_s=3600, stable_s=7200, look_s=0.02, anyway_s=3
 
 
 @pytest.fixture
-async def world(tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(tmp_path: Path, no_blocking: object, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    boot_id = tmp_path / "boot_id"
+    boot_id.write_text(f"{new_id()}\n")
+    monkeypatch.setattr(policy, "BOOT_ID", boot_id)
     made = await World(tmp_path).open()
     await start(made)
     yield made
@@ -84,8 +88,8 @@ async def test_a_guest_that_ends_comes_back(world: World, way: str) -> None:
 @pytest.mark.parametrize("way", ["simulate_guest_shutdown", "simulate_crash"])
 async def test_without_policy_it_stays_as_it_is(world: World, way: str) -> None:
     other = Policy(on_crash="restart") if way == "simulate_guest_shutdown" else Policy(on_stop="restart")
-    for policy in (Policy(), other):
-        instance_id = await world.create(policy=policy)
+    for kept in (Policy(), other):
+        instance_id = await world.create(policy=kept)
         await world.ask(getattr(world.driver, way), instance_id)
         await world.quiet()
         assert await world.power(instance_id) != "running"
@@ -313,7 +317,6 @@ async def test_a_full_disk_across_a_restart_and_a_reconnect(world: World) -> Non
     await until(lambda: world.agent._policies._thirsty)
     await world.crash()
     await start(world)
-    await world.ask(world.driver.simulate_full, 0)
     await until(lambda: world.agent._policies._thirsty)
     await world.ask(world.driver.disconnect)
     await is_power(world, instance_id, "unknown")
@@ -358,7 +361,7 @@ async def boot_host(world: World) -> None:
         if info.power not in ("stopped", "suspended"):
             await world.ask(driver.destroy, info.id)
     await world.ask(driver.close)
-    await world._memory.commit([Change(settings={BOOT_KEY: "11111111-2222-3333-4444-555555555555"})])
+    policy.BOOT_ID.write_text(f"{new_id()}\n")
 
 
 async def test_after_a_host_boot(world: World) -> None:
@@ -427,9 +430,13 @@ async def test_the_agent_dies_at_every_commit_after_a_host_boot(world: World, ap
         assert done.kind == "operation.succeeded"
         if not died:
             return
-        # The boot's id is in the command's, so another boot needs another id.
-        await world._memory.commit([Change(settings={BOOT_KEY: new_id()})])
     raise AssertionError("there were more commits than this test has rounds")
+
+
+async def test_made_without_a_start_is_made(world: World) -> None:
+    """Its reason is not `creating` for ever: `show` would ask the hypervisor nothing about it."""
+    instance_id = await world.create(start=False)
+    assert world.agent.ctx.instances.get(instance_id).reason == "created"
 
 
 async def test_a_start_after_a_host_boot_that_fails_for_long_ends(world: World) -> None:

@@ -37,8 +37,8 @@ class Hypervisor:
         self.timers = Timers("fake-hypervisor")
         self.domains = Domains(folder and folder / "domains")
         self.disks = Disks(folder and folder / "instances")
-        self.room_mib = settings.disk_mib
-        """How much room there is for the guests' disks to grow."""
+        self._room_file = folder and folder / "room_mib"
+        self._room_mib = settings.disk_mib
         self._loaded = False
 
     def open(self) -> None:
@@ -246,6 +246,21 @@ class Hypervisor:
                 )
             )
             self.pause(domain, "io-error")
+
+    @property
+    def room_mib(self) -> int:
+        """How much room there is for the guests' disks to grow; kept with the domains, where these are kept."""
+        with self.lock:
+            if self._room_file is not None and self._room_file.exists():
+                return int(self._room_file.read_text())
+            return self._room_mib
+
+    @room_mib.setter
+    def room_mib(self, room_mib: int) -> None:
+        with self.lock:
+            self._room_mib = room_mib
+            if self._room_file is not None:
+                self._room_file.write_text(str(room_mib))
 
     def emit(self, event: DriverEvent) -> None:
         """Have an event delivered after those before it."""
