@@ -158,9 +158,7 @@ def instance_show(session: Session, instance_id: str, host: str) -> None:
 @sending_options
 @json_option
 @pass_session
-def instance_start(
-    session: Session, /, *, instance_id: str, host: str, discard_saved: bool, **options: Any
-) -> None:
+def instance_start(session: Session, /, *, instance_id: str, host: str, discard_saved: bool, **options: Any) -> None:
     """Start a stopped instance, or bring a suspended one back."""
     power(session, InstanceStart(discard_saved=discard_saved), instance_id, host, options, past="started")
 

@@ -60,7 +60,11 @@ def instance_trigger_crash_dump(session: Session, /, *, instance_id: str, host: 
 @instance_argument
 @host_option
 @click.option(
-    "--format", "form", type=click.Choice(["elf", "kdump-zlib", "raw"]), default="elf", show_default=True,
+    "--format",
+    "form",
+    type=click.Choice(["elf", "kdump-zlib", "raw"]),
+    default="elf",
+    show_default=True,
     help="elf and kdump-zlib are for crash and gdb, raw is the hypervisor's own.",
 )
 @click.option("--live/--paused", default=True, help="Let the guest run meanwhile, as far as the format allows.")

@@ -263,7 +263,7 @@ async def test_guests_that_end_by_themselves_come_back(host: Host, libvirtd: Pri
     stopped = [
         event.data for event in host.world.recorder.events(host.agent.host, "instance.state") if event.subject == leaver
     ]
-    assert [("stopped", "shutdown")] == [(e["observed"], e["reason"]) for e in stopped if e["observed"] == "stopped"]
+    assert [(e["observed"], e["reason"]) for e in stopped if e["observed"] == "stopped"] == [("stopped", "shutdown")]
 
     panicker = await host.create("panicker", "guest-act: 1 panic", policy=restart)
     crashed = await host.state(panicker, "crashed", 0)
