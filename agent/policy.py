@@ -201,15 +201,17 @@ class Policies:
     async def _act(self, instance_id: str, cause: Cause, past: _Past, changed: asyncio.Event) -> None:
         """Give the command and wait for its end."""
         operation_id = self._operation_id(instance_id, cause, past)
+        accepted = await issue(self._ctx, self._runner, _command(cause), instance_id=instance_id, id=operation_id)
+        # Between the end of `issue` and here nothing else has run, so our command has not begun.
+        overtaken = self._cause(instance_id) != cause or self._runner.operations_of(instance_id) != [operation_id]
         past.attempts += 1
         past.last = past.armed = asyncio.get_running_loop().time()
         past.least_mib, past.enough = None, False
         if cause == "on-host-boot":
             self._booting[instance_id] += 1
-        accepted = await issue(self._ctx, self._runner, _command(cause), instance_id=instance_id, id=operation_id)
         if not accepted:
             return  # a former process gave it; what came of it is in the record
-        if self._runner.operations_of(instance_id) != [operation_id]:
+        if overtaken:
             # A controller's command was accepted while ours was being written: theirs is what counts.
             with suppress(ComputeError):
                 await self._runner.cancel(operation_id)

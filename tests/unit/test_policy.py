@@ -198,26 +198,30 @@ async def test_a_command_ends_the_waiting(world: World, command: Any) -> None:
     assert len(started(world, instance_id)) == 1
 
 
-async def test_a_command_that_is_accepted_meanwhile_comes_first(world: World) -> None:
-    """A stop that reached the lane while the agent's own start was being written: the start is cancelled."""
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_command_that_is_accepted_meanwhile_comes_first(world: World, ended: bool) -> None:
+    """A stop that reached the lane, or went through it, while the agent's own start was being written."""
     instance_id = await world.create(policy=RESTART)
     journal, commit, stopped = world.agent.ctx.journal, world.agent.ctx.journal.commit, ""
 
     async def slow(*changes: Change) -> Any:
         nonlocal stopped
-        ours = [one for one in changes if one.claim is not None and one.claim.id.startswith("policy/")]
-        if ours and not stopped:
+        if not stopped and any(one.claim is not None and one.claim.id.startswith("policy/") for one in changes):
+            if not ended:
+                world.driver.inject(Fault(call="get", hang_s=0.3, instance=instance_id, times=1))
             stopped = world.send(InstanceStop(), instance_id=instance_id)
-            await until(lambda: world.agent._runner.find(stopped) or world.finals(stopped))
+            await until(lambda: world.finals(stopped) if ended else world.agent._runner.find(stopped))
         return await commit(*changes)
 
     journal.commit = slow  # type: ignore[method-assign]
-    world.driver.inject(Fault(call="get", hang_s=0.3, instance=instance_id, times=2))
     await world.ask(world.driver.simulate_crash, instance_id)
     await until(lambda: stopped and world.finals(stopped))
     await idle(world)
     assert await world.power(instance_id) == "crashed"
     assert world.agent.ctx.instances.get(instance_id).desired == "stopped"
+    ours = [event for event in world.events if str(event.data.get("operation_id", "")).startswith("policy/")]
+    assert "operation.cancelled" in {event.kind for event in ours}
+    assert started(world, instance_id) == []
 
 
 async def test_nothing_is_done_while_the_state_is_unknown(world: World) -> None:
