@@ -107,6 +107,7 @@ report_seed() {
 
 guest_acts() {
   # Lines of the user data such as "guest-act: 1 panic": what to do in that boot, counted on the disk.
+  [ -f "${user}" ] || return
   while read -r key boot what; do
     [ "${key}" = guest-act: ] && [ "${boot}" = "${boots}" ] || continue
     echo "guest: act ${what}"

@@ -387,3 +387,23 @@ def test_an_interrupt_ends_with_130_and_names_the_operation(ctl: Ctl) -> None:
     ctl.answers["instance.start"] = interrupt
     result = ctl("instance", "start", INSTANCE, "--command-id", "c-1")
     assert (result.exit_code, result.stderr) == (130, "interrupted; operation c-1 goes on\n")
+
+
+def test_a_memory_dump_is_described(ctl: Ctl) -> None:
+    dump = {"instance_id": INSTANCE, "path": "/d/one.raw", "format": "raw", "size_bytes": 7, "sha256": "0" * 64}
+    ctl.answers["instance.memory-dump"] = succeed(dump)
+    result = ctl("instance", "memory-dump", INSTANCE, "--format", "raw", "--paused")
+    assert result.exit_code == 0
+    assert "/d/one.raw" in result.stdout
+    [command] = ctl.commands
+    assert command.data.model_dump() == {"format": "raw", "live": False}
+
+
+def test_a_policy_is_changed_by_name(ctl: Ctl) -> None:
+    ctl.answers["instance.set-policy"] = succeed({"spec": {"policy": {"on_stop": "restart"}}})
+    result = ctl("instance", "set-policy", INSTANCE, "--on-stop", "restart")
+    assert result.exit_code == 0
+    assert "restart" in result.stdout
+    [command] = ctl.commands
+    assert command.data.model_dump(exclude_none=True) == {"on_stop": "restart"}
+    assert ctl("instance", "set-policy", INSTANCE).exit_code == 2
