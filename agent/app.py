@@ -44,6 +44,7 @@ from agent.messages.events import AgentLifecycle
 from agent.messages.routing import host_queue
 from agent.notify import notify, watchdog_interval_s
 from agent.periodic import Chores, Heartbeat, every
+from agent.policy import BOOT_KEY, Policies
 from agent.store.base import Change, Store
 from agent.store.sqlite import SqliteStore
 
@@ -137,7 +138,8 @@ class Agent:
         journal.on_events(self._outbox.offer)
         await self._outbox.start(journal.last_sequence)
         self._events = HypervisorEvents(self.ctx, self._runner, loop)
-        self._events.on_connection = lambda connected: self._resume_undo() if connected else None
+        self._policies = Policies(self.ctx, self._runner)
+        self._events.on_connection = self._hypervisor_state
         sink.append(self._events)
         self._dispatcher = Dispatcher(self.ctx, self.bus, self._registry, self._runner)
         self._heartbeat = Heartbeat(
@@ -173,6 +175,8 @@ class Agent:
             await self._connect_driver()
             self._recovered = await self._runner.resume(interrupted)
             self._images.who_uses = Usage(self.ctx, self._runner)  # not before: an interrupted command uses its image
+            # Without the broker too: guests come back after a boot of the host whoever else is still away.
+            await self._policies.begin((await self._store.settings()).get(BOOT_KEY))
             await broker
         finally:
             broker.cancel()
@@ -259,6 +263,7 @@ class Agent:
         await self._cancel_task("start")  # it could begin to consume while we drain
         if self._subscription is not None:
             await self._quietly("cancel consumer", self._subscription.cancel(), 5.0)
+        await self._policies.end()
         drained = await self._lanes.drain(limit_s)
         self._runner.stop()
         await self._quietly("last event", self._tell(AgentLifecycle(state="stopping", version=__version__)), 2.0)
@@ -352,6 +357,11 @@ class Agent:
 
     async def _tell(self, event: AgentLifecycle) -> None:
         await self.ctx.journal.commit(Change(events=[self.ctx.journal.event(event)]))
+
+    def _hypervisor_state(self, connected: bool) -> None:
+        if connected:
+            self._resume_undo()
+            self._policies.connected()
 
     def _resume_undo(self) -> None:
         """The hypervisor is back: take up what could not be taken back while it was away."""

@@ -62,7 +62,9 @@ _FIRST_MODULES = [
     "evdev",
     "acpiphp",
 ]
-_SECOND_MODULES = ["isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi", "i6300esb", "virtiofs"]
+_SECOND_MODULES = [
+    "isofs", "sr_mod", "sd_mod", "ata_piix", "ahci", "virtio_scsi", "i6300esb", "virtiofs", "pvpanic", "pvpanic-mmio",
+]  # fmt: skip
 
 _SECTOR = 512
 _DISK_BYTES = 64 << 20

@@ -21,6 +21,7 @@
 #   guest: node<n> cpus=<list> memory_kib=<n>             one line per NUMA node
 #   guest: watchdog=<driver>
 #   guest: share=<first line of `hello`>                  of the virtiofs share `data`; the guest writes `answer` to it
+#   guest: act <what>                                     see guest_acts
 #   guest: tick <n>                                       1 to 5, one a second, then silence
 #   guest: data sha256=<hex>                              only for user-data "#writer": of the 8 MiB at 80 MiB of its disk
 #   guest: wrote <n>                                      then two of these a second, for ever
@@ -212,6 +213,28 @@ write_for_ever() {
   done
 }
 
+guest_acts() {
+  # Lines of the user data such as "guest-act: 1 panic": what to do in that boot, counted on the disk.
+  [ -f "${user}" ] || return
+  while read -r key boot what; do
+    [ "${key}" = guest-act: ] && [ "${boot}" = "${boots}" ] || continue
+    echo "guest: act ${what}"
+    case "${what}" in
+      panic) echo c >/proc/sysrq-trigger ;;
+      poweroff) poweroff -f ;;
+      talk)
+        (
+          words=0
+          while sleep 0.5; do
+            words=$((words + 1))
+            echo "guest: word ${words}"
+          done
+        ) &
+        ;;
+    esac
+  done <"${user}"
+}
+
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -237,6 +260,7 @@ until find_seed; do
 done
 if [ "${tries}" -lt 15 ]; then
   report_seed
+  guest_acts
   [ "$(head -n 1 "${user}" 2>/dev/null)" = "#writer" ] && write_for_ever
 else
   echo "seed: none"

@@ -92,7 +92,7 @@ def instance_create(
     if done is None:
         click.echo(f"instance {instance_id}")
     else:
-        _say(done, instance_id, "created")
+        say(done, instance_id, "created")
 
 
 @instance.command("ls")
@@ -154,12 +154,13 @@ def instance_show(session: Session, instance_id: str, host: str) -> None:
 @instance.command("start")
 @instance_argument
 @host_option
+@click.option("--discard-saved", is_flag=True, help="Boot a suspended instance anew; its saved memory is lost.")
 @sending_options
 @json_option
 @pass_session
-def instance_start(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
-    """Start a stopped instance."""
-    _power(session, InstanceStart(), instance_id, host, options, past="started")
+def instance_start(session: Session, /, *, instance_id: str, host: str, discard_saved: bool, **options: Any) -> None:
+    """Start a stopped instance, or bring a suspended one back."""
+    power(session, InstanceStart(discard_saved=discard_saved), instance_id, host, options, past="started")
 
 
 @instance.command("stop")
@@ -183,7 +184,7 @@ def instance_stop(
 ) -> None:
     """Shut an instance down."""
     data = InstanceStop(force=force, timeout_s=guest_timeout_s)
-    _power(session, data, instance_id, host, options, past="stopped", extra_s=guest_timeout_s)
+    power(session, data, instance_id, host, options, past="stopped", extra_s=guest_timeout_s)
 
 
 @instance.command("reboot")
@@ -207,7 +208,7 @@ def instance_reboot(
 ) -> None:
     """Reboot a running instance."""
     data = InstanceReboot(mode="hard" if hard else "soft", timeout_s=guest_timeout_s)
-    _power(session, data, instance_id, host, options, past="rebooted", extra_s=guest_timeout_s)
+    power(session, data, instance_id, host, options, past="rebooted", extra_s=guest_timeout_s)
 
 
 @instance.command("pause")
@@ -218,7 +219,7 @@ def instance_reboot(
 @pass_session
 def instance_pause(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
     """Stop an instance's vCPUs; its memory stays."""
-    _power(session, InstancePause(), instance_id, host, options, past="paused")
+    power(session, InstancePause(), instance_id, host, options, past="paused")
 
 
 @instance.command("resume")
@@ -228,8 +229,8 @@ def instance_pause(session: Session, /, *, instance_id: str, host: str, **option
 @json_option
 @pass_session
 def instance_resume(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
-    """Let a paused instance run on."""
-    _power(session, InstanceResume(), instance_id, host, options, past="resumed")
+    """Let a paused or suspended instance run on."""
+    power(session, InstanceResume(), instance_id, host, options, past="resumed")
 
 
 @instance.command("rm")
@@ -240,10 +241,10 @@ def instance_resume(session: Session, /, *, instance_id: str, host: str, **optio
 @pass_session
 def instance_rm(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
     """End an instance and remove everything it owns on its host."""
-    _power(session, InstanceDelete(), instance_id, host, options, past="removed")
+    power(session, InstanceDelete(), instance_id, host, options, past="removed")
 
 
-def _power(
+def power(
     session: Session,
     data: CommandData,
     instance_id: str,
@@ -258,10 +259,11 @@ def _power(
     limit_s = DEFAULT_TIMEOUT_S + extra_s
     done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=limit_s)
     if done is not None and not session.as_json:
-        _say(done, instance_id, past)
+        say(done, instance_id, past)
 
 
-def _say(done: OperationSucceeded, instance_id: str, past: str) -> None:
+def say(done: OperationSucceeded, instance_id: str, past: str) -> None:
+    """Say in one line what became of the instance."""
     observed = done.result.get("observed")
     parts = [f"{instance_id} {past if done.result.get('changed', True) else 'unchanged'}"]
     if observed is not None:

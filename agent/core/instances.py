@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from agent.core.context import now
 from agent.errors import DeadlineExceeded, NotFound
@@ -22,6 +22,8 @@ class Instances:
         self._records: dict[str, InstanceRecord] = {}
         self._waiters: dict[str, set[asyncio.Future[PowerState]]] = {}
         self._signals: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
+        self.changed: Callable[[str], None] = lambda _instance_id: None
+        """Told the id of every instance that was added, changed or removed."""
 
     def load(self, records: Iterable[InstanceRecord]) -> None:
         """Take what the journal has."""
@@ -58,12 +60,14 @@ class Instances:
     def put(self, record: InstanceRecord) -> InstanceRecord:
         """Add or replace; the caller commits the same record."""
         self._records[record.id] = record
+        self.changed(record.id)
         return record
 
     def remove(self, instance_id: str) -> None:
         """Forget; the caller commits the removal. Waiters are released as if it had stopped."""
         self._records.pop(instance_id, None)
         self._release(instance_id, "stopped")
+        self.changed(instance_id)
 
     def update(
         self,
@@ -91,6 +95,7 @@ class Instances:
         self._records[instance_id] = record
         if observed is not None:
             self._release(instance_id, observed)
+        self.changed(instance_id)
         return record
 
     def state_event(

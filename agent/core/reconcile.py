@@ -10,10 +10,13 @@ from agent.core.context import Context, now
 from agent.core.runner import Runner
 from agent.drivers.base import DomainInfo
 from agent.errors import ComputeError
-from agent.messages.events import EventData, HostDrift
+from agent.messages.events import DesiredState, EventData, HostDrift, PowerState
 from agent.store.base import Change, InstanceRecord
 
 log = structlog.get_logger("reconcile")
+
+_ADOPTED: Mapping[PowerState, DesiredState] = {"running": "running", "paused": "running", "suspended": "suspended"}
+"""What an instance that is found is taken to be wanted as; else stopped."""
 
 
 async def reconcile(ctx: Context, runner: Runner, *, resync: bool, needed: Callable[[], bool] = lambda: True) -> bool:
@@ -113,7 +116,7 @@ class _Difference:
             id=domain.id,
             spec=domain.spec,
             generation=domain.generation or 0,
-            desired="running" if domain.power in ("running", "paused") else "stopped",
+            desired=_ADOPTED.get(domain.power, "stopped"),
             observed=domain.power,
             reason=domain.reason,
             created_by="",

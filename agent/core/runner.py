@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,6 +59,8 @@ class Runner:
         self._undo_pending: dict[str, str | None] = {}
         self._undo_queued: set[str] = set()
         self._watchers: dict[int, set[str]] = {}
+        self.idle: Callable[[str], None] = lambda _instance_id: None
+        """Told the id of an instance each time that an operation has let go of it."""
         lanes.blocked = self._wait_settled
 
     @property
@@ -69,6 +71,14 @@ class Runner:
     def find(self, operation_id: str) -> Open | None:
         """An operation without final result, or None."""
         return self._open.get(operation_id)
+
+    def operations_of(self, instance_id: str) -> list[str]:
+        """Ids of the operations on an instance without final result, in their order; not of those that only read."""
+        return [
+            item.record.id
+            for item in self._open.values()
+            if item.record.instance_id == instance_id and self._registry[item.record.verb].lane == "instance"
+        ]
 
     @property
     def at_work(self) -> bool:
@@ -177,6 +187,11 @@ class Runner:
     def _close(self, item: Open) -> None:
         self._open.pop(item.record.id, None)
         self._hush(item)
+        self._let_go(item.record.instance_id)
+
+    def _let_go(self, instance_id: str | None) -> None:
+        if instance_id is not None:
+            self.idle(instance_id)
 
     def _hush(self, item: Open) -> None:
         item.announced = True
@@ -353,6 +368,7 @@ class Runner:
         await self._ctx.journal.commit(change)
         if undone:
             self._undo_pending.pop(record.id, None)
+            self._let_go(record.instance_id)
         log.info("operation.undo_finished" if undone else "operation.undo_still_pending", operation=record.id)
 
     async def _give_up(self, record: OperationRecord, exc: Refused) -> None:

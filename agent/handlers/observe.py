@@ -28,7 +28,8 @@ def settle(
         op.instance_id,
         observed=info.power,
         desired=desired,
-        reason=(reason or info.reason) if power_changed else None,
+        # One that is made without being started was stopped already while it was being made.
+        reason=(reason or info.reason) if power_changed or before.reason == "creating" else None,
         generation=op.command.generation,
     )
     if power_changed or record.desired != before.desired:

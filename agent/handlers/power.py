@@ -1,4 +1,8 @@
-"""Power verbs: start, stop, reboot, pause, resume. Each reads the state first and back at the end."""
+"""Power verbs: start, stop, reboot, pause, resume. Each reads the state first and back at the end.
+
+`desired` is written with the final result, when the command has succeeded. A guest that obeys a stop is not taken for
+one that ended by itself: policies leave an instance alone while an operation has it in hand, also across a crash.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +22,76 @@ from agent.messages.results import PowerResult
 DOWN: frozenset[PowerState] = frozenset({"stopped", "crashed"})
 
 
-async def _present(op: Operation) -> DomainInfo:
+async def present(op: Operation) -> DomainInfo:
     """Read the domain. Raises `NotFound` for an unknown instance before the hypervisor is asked."""
     op.ctx.instances.get(op.instance_id)
     return await op.query(op.ctx.driver.get, op.instance_id)
 
 
-def _result(op: Operation, *, changed: bool, forced: bool = False) -> PowerResult:
+def power_result(op: Operation, *, changed: bool, forced: bool = False) -> PowerResult:
     record = op.ctx.instances.get(op.instance_id)
     return PowerResult(instance_id=record.id, observed=record.observed, changed=changed, forced=forced)
 
 
-async def start(op: Operation, _data: InstanceStart) -> PowerResult:
-    """Start a stopped or crashed instance."""
-    info = await _present(op)
+async def start(op: Operation, data: InstanceStart) -> PowerResult:
+    """Start a stopped or crashed instance, or bring a suspended one back."""
+    info = await present(op)
+    saved = info.power == "suspended" and not op.begun
     changed = info.power != "running" or op.begun
-    if changed:
-        require(info.power != "paused", "the instance is paused; resume it", code="instance_paused")
+    if op.done_before("restore") or (saved and not data.discard_saved):
+        await bring_back(op)
+    elif changed:
+        require(info.power != "paused" or op.begun, "the instance is paused; resume it", code="instance_paused")
+
+        async def discard() -> Json:
+            await op.mutate(op.ctx.driver.discard_saved, op.instance_id)
+            return None
 
         async def do() -> Json:
             await op.mutate(op.ctx.driver.start, op.instance_id)
             return None
 
+        if op.done_before("discard") or saved:
+            await op.step("discard", discard)
         await op.step("start", do)
     await read_back(op, desired="running")
-    return _result(op, changed=changed)
+    return power_result(op, changed=changed)
+
+
+async def bring_back(op: Operation) -> None:
+    """Take a suspended guest's memory back and let it run, also one that was saved while it was paused."""
+
+    async def restore() -> Json:
+        await op.long(op.ctx.driver.restore, op.instance_id)
+        info = await op.query(op.ctx.driver.get, op.instance_id)
+        return {"runs": info.power == "running"}
+
+    async def run_on() -> Json:
+        await op.mutate(op.ctx.driver.resume, op.instance_id)
+        return None
+
+    outcome = await op.step("restore", restore)
+    if not (outcome and outcome["runs"]):
+        await op.step("resume", run_on)
 
 
 async def stop(op: Operation, data: InstanceStop) -> PowerResult:
     """Shut the guest down, or end it when it does not obey in time."""
-    info = await _present(op)
+    info = await present(op)
     if info.power in DOWN:
         settle(op, info, desired="stopped")  # taken up after a restart: the event of its end may have been missed
         if not op.begun:
-            return _result(op, changed=False)
+            return power_result(op, changed=False)
     require(
         data.force or info.power != "paused" or op.begun,
         "a paused guest cannot shut down; resume it first, or stop it with force",
         code="instance_paused",
     )
-    op.stage(instance=op.ctx.instances.update(op.instance_id, desired="stopped"))
+    require(
+        data.force or info.power != "suspended" or op.begun,
+        "a suspended guest cannot shut down; resume it first, or stop it with force, which loses its saved memory",
+        code="instance_suspended",
+    )
     forced = data.force
     if not data.force:
         asked = await op.step("shutdown", lambda: _ask(op))
@@ -70,7 +104,7 @@ async def stop(op: Operation, data: InstanceStop) -> PowerResult:
 
         await op.step("destroy", destroy)
     await read_back(op, desired="stopped", reason="destroyed" if forced else "shutdown")
-    return _result(op, changed=True, forced=forced)
+    return power_result(op, changed=True, forced=forced)
 
 
 async def _ask(op: Operation) -> Json:
@@ -91,9 +125,14 @@ async def _obeyed(op: Operation, timeout_s: float, asked: Json) -> bool:
 
 async def reboot(op: Operation, data: InstanceReboot) -> PowerResult:
     """Reboot: soft asks the guest and goes hard when it does not obey in time."""
-    info = await _present(op)
+    info = await present(op)
     require(
-        info.power in ("running", "paused") or op.begun,
+        data.mode == "hard" or info.power != "suspended" or op.begun,
+        "a suspended guest cannot reboot; resume it first, or reboot it hard, which loses its saved memory",
+        code="instance_suspended",
+    )
+    require(
+        info.power in ("running", "paused", "suspended") or op.begun,
         f"only a running instance can be rebooted, this one is {info.power}; start it",
         code="instance_not_running",
     )
@@ -119,7 +158,7 @@ async def reboot(op: Operation, data: InstanceReboot) -> PowerResult:
         await op.step("destroy", destroy)
         await op.step("start", start_again)
     await read_back(op, desired="running", reason="rebooted")
-    return _result(op, changed=True, forced=forced and data.mode == "soft")
+    return power_result(op, changed=True, forced=forced and data.mode == "soft")
 
 
 async def _ask_reboot(op: Operation, timeout_s: float) -> Json:
@@ -137,7 +176,7 @@ async def _ask_reboot(op: Operation, timeout_s: float) -> Json:
 
 async def pause(op: Operation, _data: InstancePause) -> PowerResult:
     """Stop the vCPUs of a running guest."""
-    info = await _present(op)
+    info = await present(op)
     require(
         info.power in ("running", "paused"),
         f"only a running instance can be paused, this one is {info.power}",
@@ -152,19 +191,21 @@ async def pause(op: Operation, _data: InstancePause) -> PowerResult:
 
         await op.step("pause", do)
     await read_back(op, desired="paused", reason="paused")
-    return _result(op, changed=changed)
+    return power_result(op, changed=changed)
 
 
 async def resume(op: Operation, _data: InstanceResume) -> PowerResult:
-    """Let a paused guest run on."""
-    info = await _present(op)
+    """Let a paused or suspended guest run on."""
+    info = await present(op)
     require(
-        info.power in ("running", "paused"),
-        f"only a paused instance can be resumed, this one is {info.power}; start it",
+        info.power in ("running", "paused", "suspended") or op.begun,
+        f"only a paused or suspended instance can be resumed, this one is {info.power}; start it",
         code="instance_not_paused",
     )
     changed = info.power != "running" or op.begun
-    if changed:
+    if op.done_before("restore") or (info.power == "suspended" and not op.begun):
+        await bring_back(op)
+    elif changed:
 
         async def do() -> Json:
             await op.mutate(op.ctx.driver.resume, op.instance_id)
@@ -172,7 +213,7 @@ async def resume(op: Operation, _data: InstanceResume) -> PowerResult:
 
         await op.step("resume", do)
     await read_back(op, desired="running", reason="resumed")
-    return _result(op, changed=changed)
+    return power_result(op, changed=changed)
 
 
 ROUTES = (

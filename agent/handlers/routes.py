@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import backup, create, delete, export, images, power, read, snapshot
+from agent.handlers import backup, create, delete, export, images, memory, power, read, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
     *delete.ROUTES,
     *power.ROUTES,
+    *memory.ROUTES,
     *read.ROUTES,
     *export.ROUTES,
     *backup.ROUTES,

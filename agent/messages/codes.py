@@ -56,6 +56,8 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("instance_not_running", errors.FailedPrecondition, "The instance does not run; start it first."),
     ErrorCode("instance_paused", errors.FailedPrecondition, "The instance is paused; resume it first."),
     ErrorCode("instance_not_paused", errors.FailedPrecondition, "The instance neither runs nor is paused; start it."),
+    ErrorCode("instance_suspended", errors.FailedPrecondition, "The instance is suspended; resume it, or use force."),
+    ErrorCode("saved_state_damaged", errors.FailedPrecondition, "The saved memory is damaged; see `discard_saved`."),
     ErrorCode("host_disabled", errors.FailedPrecondition, "The host takes no new instances; see `host.set-enabled`."),
     ErrorCode("too_late_to_cancel", errors.FailedPrecondition, "The operation is past its point of no return."),
     ErrorCode("foreign_domain", errors.FailedPrecondition, "The domain was not made by this agent and is left alone."),

@@ -37,13 +37,20 @@ class InstanceDelete(CommandData):
 
 
 class InstanceStart(CommandData):
-    """Start a stopped instance. A running one succeeds with `changed: false`."""
+    """Start a stopped instance, or bring a suspended one back. A running one succeeds with `changed: false`.
+
+    `discard_saved`: boot a suspended instance anew; its saved memory is lost, also where it is damaged.
+    """
 
     verb: ClassVar[str] = "instance.start"
+    discard_saved: bool = False
 
 
 class InstanceStop(CommandData):
-    """Ask the guest to shut down, and after `timeout_s` without effect end it; `force` ends it at once."""
+    """Ask the guest to shut down, and after `timeout_s` without effect end it; `force` ends it at once.
+
+    A paused or suspended guest is only stopped with `force`; the saved memory of a suspended one is lost then.
+    """
 
     verb: ClassVar[str] = "instance.stop"
     timeout_s: TimeoutS = 60.0
@@ -51,7 +58,10 @@ class InstanceStop(CommandData):
 
 
 class InstanceReboot(CommandData):
-    """Restart a running guest: `soft` asks it (hard after `timeout_s`), `hard` ends it and starts it anew."""
+    """Restart a running guest: `soft` asks it (hard after `timeout_s`), `hard` ends it and starts it anew.
+
+    `hard` also starts a suspended guest anew; its saved memory is lost.
+    """
 
     verb: ClassVar[str] = "instance.reboot"
     mode: Literal["soft", "hard"] = "soft"
@@ -65,7 +75,7 @@ class InstancePause(CommandData):
 
 
 class InstanceResume(CommandData):
-    """Let a paused guest run on."""
+    """Let a paused or suspended guest run on."""
 
     verb: ClassVar[str] = "instance.resume"
 

@@ -19,7 +19,7 @@ from agent.messages.types import Outbound
 PowerState = Literal["running", "paused", "suspended", "stopped", "crashed", "unknown"]
 """Observed power state. `unknown`: the hypervisor cannot be asked now. It never means gone."""
 
-DesiredState = Literal["running", "paused", "stopped", "deleted"]
+DesiredState = Literal["running", "paused", "suspended", "stopped", "deleted"]
 """What the last successful command asked for."""
 
 OperationState = Literal["accepted", "running", "undoing", "succeeded", "failed", "rejected", "cancelled", "expired"]
@@ -212,6 +212,22 @@ class InstanceBalloon(HypervisorEvent):
     actual_mib: int
 
 
+class InstancePolicy(EventData):
+    """The agent is about to act by the instance's policy: `cause` is what happened, `delay_s` the back-off before.
+
+    The command that it gives itself has the id `operation_id` and ends in a final event, unless the cause is gone
+    before, for one because a controller stopped or deleted the instance.
+    """
+
+    kind: ClassVar[str] = "instance.policy"
+    instance_id: str
+    cause: Literal["on-stop", "on-crash", "on-io-error", "on-host-boot"]
+    action: Literal["start", "resume"]
+    attempt: int
+    delay_s: float
+    operation_id: str
+
+
 class HostDrift(EventData):
     """A difference between the journal and the hypervisor. Foreign domains are reported, never touched."""
 
@@ -321,6 +337,7 @@ EVENTS: tuple[type[EventData], ...] = (
     InstanceJobCompleted,
     InstanceMigrationIteration,
     InstanceBalloon,
+    InstancePolicy,
     HostDrift,
     HypervisorConnection,
     AgentLifecycle,

@@ -44,6 +44,13 @@ from agent.messages.commands import (
 from agent.messages.events import EVENTS
 from agent.messages.results import RESULTS
 from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
+from agent.messages.verbs_memory import (
+    InstanceMemoryDump,
+    InstanceReset,
+    InstanceSetPolicy,
+    InstanceSuspend,
+    InstanceTriggerCrashDump,
+)
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "asyncapi.json"
@@ -285,6 +292,12 @@ async def _use_every_verb(broker: MemoryBroker) -> None:
             InstancePause(),
             InstanceResume(),
             InstanceReboot(mode="hard"),
+            InstanceReset(),
+            InstanceTriggerCrashDump(),
+            InstanceMemoryDump(),
+            InstanceSetPolicy(on_stop="restart"),
+            InstanceSuspend(),
+            InstanceStart(),
             InstanceShow(),
             ConsoleLog(),
             InstanceStop(force=True),

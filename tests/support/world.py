@@ -151,10 +151,12 @@ class World:
     async def crash(self) -> None:
         """Lose the agent as kill -9 does. Calls that were in the hypervisor's hands are ended there."""
         agent = self.agent
+        agent._policies._begun = False
         tasks = [
             *agent._tasks,
             *agent._lanes._tasks,
             *agent._events._tasks,
+            *agent._policies._tasks,
             *(task for task in asyncio.all_tasks() if "Runner._tell" in repr(task) or "Operation._publish" in repr(task)),
         ]
         for item in agent._runner._open.values():

@@ -35,6 +35,7 @@ def test_a_good_command_is_read() -> None:
 def test_every_type_is_known(data: Any) -> None:
     needs: dict[str, Any] = {"subject": INSTANCE} if data.subject_required else {}
     fill = {"instance.create": create(), "host.set-enabled": {"enabled": True}}
+    fill["instance.set-policy"] = {"on_stop": "restart"}
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
     fill |= {verb: {"sha256": "0" * 64} for verb in ("image.remove", "image.verify")}
     fill["image.prefetch"] = {"image": {"url": "https://x/y", "sha256": "0" * 64, "format": "raw"}}

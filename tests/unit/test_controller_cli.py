@@ -219,7 +219,11 @@ def test_a_url_that_is_none_ends_with_2_and_is_not_printed() -> None:
         (("reboot", "--hard"), "instance.reboot", {"mode": "hard", "timeout_s": 60.0}),
         (("pause",), "instance.pause", {}),
         (("resume",), "instance.resume", {}),
-        (("start",), "instance.start", {}),
+        (("start",), "instance.start", {"discard_saved": False}),
+        (("start", "--discard-saved"), "instance.start", {"discard_saved": True}),
+        (("suspend",), "instance.suspend", {}),
+        (("reset",), "instance.reset", {}),
+        (("trigger-crash-dump",), "instance.trigger-crash-dump", {}),
         (("rm",), "instance.delete", {}),
     ],
 )
@@ -430,3 +434,21 @@ def test_exports_and_snapshots(ctl: Ctl) -> None:
     assert "removed vm-daily-0" in done.output
     ctl.answers["instance.list-backups"] = succeed({"backups": [backup]})
     assert json.loads(ctl("instance", "backups", INSTANCE, "--json").output)["result"]["backups"] == [backup]
+def test_a_memory_dump_is_described(ctl: Ctl) -> None:
+    dump = {"instance_id": INSTANCE, "path": "/d/one.raw", "format": "raw", "size_bytes": 7, "sha256": "0" * 64}
+    ctl.answers["instance.memory-dump"] = succeed(dump)
+    result = ctl("instance", "memory-dump", INSTANCE, "--format", "raw", "--paused")
+    assert result.exit_code == 0
+    assert "/d/one.raw" in result.stdout
+    [command] = ctl.commands
+    assert command.data.model_dump() == {"format": "raw", "live": False}
+
+
+def test_a_policy_is_changed_by_name(ctl: Ctl) -> None:
+    ctl.answers["instance.set-policy"] = succeed({"spec": {"policy": {"on_stop": "restart"}}})
+    result = ctl("instance", "set-policy", INSTANCE, "--on-stop", "restart")
+    assert result.exit_code == 0
+    assert "restart" in result.stdout
+    [command] = ctl.commands
+    assert command.data.model_dump(exclude_none=True) == {"on_stop": "restart"}
+    assert ctl("instance", "set-policy", INSTANCE).exit_code == 2

@@ -20,12 +20,20 @@ from agent.messages.commands import (
     InstanceDelete,
     InstancePause,
     InstanceReboot,
+    InstanceResume,
     InstanceStart,
     InstanceStop,
     OperationCancel,
 )
 from agent.messages.spec_disks import DataDisk, EphemeralDisk, SwapDisk
 from agent.messages.verb import CommandData
+from agent.messages.verbs_memory import (
+    InstanceMemoryDump,
+    InstanceReset,
+    InstanceSetPolicy,
+    InstanceSuspend,
+    InstanceTriggerCrashDump,
+)
 from agent.messages.verbs_snapshot import (
     ExportTarget,
     InstanceBackup,
@@ -55,6 +63,14 @@ VERBS: dict[str, tuple[CommandData, str]] = {
     "snapshot": (SnapshotCreate(name="new"), "running"),
     "revert": (SnapshotRevert(name="old"), "running"),
     "drop": (SnapshotDelete(name="old"), "running"),
+    "suspend": (InstanceSuspend(), "suspended"),
+    "resume-suspended": (InstanceResume(), "running"),
+    "start-suspended": (InstanceStart(), "running"),
+    "discard-suspended": (InstanceStart(discard_saved=True), "running"),
+    "reset": (InstanceReset(), "running"),
+    "trigger-crash-dump": (InstanceTriggerCrashDump(), "running"),
+    "memory-dump": (InstanceMemoryDump(), "running"),
+    "set-policy": (InstanceSetPolicy(on_stop="restart"), "running"),
 }
 STORED = {"export": 2, "backup": 3}
 """How many files the verb leaves in the export store."""
@@ -80,6 +96,8 @@ async def prepared(world: World, verb: str) -> str:
         await world.do(SnapshotCreate(name="old"), instance_id=instance_id)
     if verb == "backup":
         await world.do(VERBS["backup"][0], instance_id=instance_id)
+    if verb.endswith("-suspended"):
+        await world.do(InstanceSuspend(), instance_id=instance_id)
     await world.quiet()
     return instance_id
 
@@ -105,6 +123,10 @@ async def agrees(world: World, operation_id: str, instance_id: str, power: str) 
     kept = {record.id: record for record in await world.cut.instances()}
     known = {record.id: record for record in world.agent.ctx.instances.all()}
     assert kept == known
+    dumps = sorted(path.name for path in (world.folder / "state" / "fake" / "dumps").glob("*"))
+    made = world.finals(operation_id)[0].data["result"].get("path", "")
+    assert [name for name in dumps if name.endswith(".part")] == []
+    assert not made or Path(made).name in dumps
     if power == "gone":
         assert known == {}
         assert world.owned_files() == []
@@ -152,6 +174,14 @@ CALLS = {
     "snapshot": ["create_snapshot"],
     "revert": ["revert_snapshot", "define"],
     "drop": ["delete_snapshot"],
+    "suspend": ["suspend"],
+    "resume-suspended": ["restore"],
+    "start-suspended": ["restore"],
+    "discard-suspended": ["discard_saved", "start"],
+    "reset": ["reset"],
+    "trigger-crash-dump": ["inject_nmi"],
+    "memory-dump": ["memory_dump"],
+    "set-policy": ["define"],
 }
 
 

@@ -45,6 +45,9 @@ class Domain:
     cpus: list[int] = field(default_factory=list)
     snapshots: dict[str, dict[str, Any]] = field(default_factory=dict)
     reverted_by: str | None = None
+    saved: str | None = None
+    """What the guest did when its memory was saved, `running` or `paused`; `damaged`: it cannot be used."""
+    nmis: int = 0
     steering: Steering = UNSTEERED
 
     @property

@@ -327,7 +327,7 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
         began, passed = time.monotonic(), 0.0
         while True:
             if context.cancelled():
-                raise Cancelled("the making of the disk was cancelled")
+                raise Cancelled("cancelled while the fake hypervisor was at work")
             if passed >= seconds:
                 return
             context.progress(100.0 * passed / seconds)

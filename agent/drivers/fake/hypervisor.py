@@ -25,6 +25,7 @@ from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
 UP_LINE = b"compute-agent guest is up\n"
+NMI_LINE = b"NMI received for unknown reason\n"
 
 
 class Hypervisor:
@@ -37,6 +38,8 @@ class Hypervisor:
         self.timers = Timers("fake-hypervisor")
         self.domains = Domains(folder and folder / "domains")
         self.disks = Disks(folder and folder / "instances")
+        self._room_file = folder and folder / "room_mib"
+        self._room_mib = settings.disk_mib
         self._loaded = False
 
     def open(self) -> None:
@@ -161,6 +164,9 @@ class Hypervisor:
             domain = self.find_owned(instance_id)
             if domain.active:
                 return
+            if domain.saved is not None:
+                self.restore(domain)
+                return
             if self.disks.get(instance_id) is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
             self.disks.touch_console(instance_id)
@@ -194,9 +200,9 @@ class Hypervisor:
     def stop(self, domain: Domain, power: PowerState, reason: str) -> None:
         """Take the guest out of memory, whatever the cause. Already stopped: nothing."""
         with self.lock:
-            if domain.active:
+            if domain.active or domain.saved is not None:
                 domain.boots += self._booted(domain)
-                domain.started_at = domain.paused_at = None
+                domain.started_at = domain.paused_at = domain.saved = None
                 domain.pending.clear()
                 self.set_power(domain, power, reason)
 
@@ -207,7 +213,7 @@ class Hypervisor:
                 domain.paused_at = time.time()
                 self.set_power(domain, "paused", reason)
 
-    def resume(self, domain: Domain) -> None:
+    def resume(self, domain: Domain, reason: str = "resumed") -> None:
         """Let the guest's time run on, where it stopped."""
         with self.lock:
             if domain.power == "paused":
@@ -215,8 +221,44 @@ class Hypervisor:
                 domain.paused_at = None
                 domain.started_at = (domain.started_at or 0.0) + lost
                 domain.pending = {act: at + lost for act, at in domain.pending.items()}
-                self.set_power(domain, "running", "resumed")
+                self.set_power(domain, "running", reason)
                 self._schedule_all(domain)
+
+    def save(self, domain: Domain) -> None:
+        """Put the guest's memory aside and end it; its time stands."""
+        with self.lock:
+            domain.saved = domain.power
+            domain.paused_at = domain.paused_at or time.time()
+            self.set_power(domain, "suspended", "saved")
+
+    def restore(self, domain: Domain) -> None:
+        """Take the saved memory back; the guest goes on, or is paused, as it was."""
+        with self.lock:
+            if domain.saved == "damaged":
+                raise FailedPrecondition(
+                    "the guest's saved memory is damaged; start it with discard_saved to boot it anew without it",
+                    code="saved_state_damaged",
+                )
+            was, domain.saved = domain.saved, None
+            self.set_power(domain, "paused", "restored")
+            if was == "running":
+                self.resume(domain, "restored")
+
+    def reset(self, domain: Domain) -> None:
+        """Press the reset button; a paused guest stays paused."""
+        with self.lock:
+            domain.boots += self._booted(domain)
+            domain.started_at = time.time()
+            domain.paused_at = None if domain.paused_at is None else domain.started_at
+            self.domains.put(domain)
+            self.emit(Reported(InstanceRebooted(instance_id=domain.id)))
+
+    def interrupt(self, instance_id: str) -> None:
+        """Send the guest a non-maskable interrupt, which it only reports."""
+        with self.lock:
+            domain = self.find(instance_id)
+            domain.nmis += 1
+            self.domains.put(domain)
 
     def io_error(self, instance_id: str, device: str, reason: str) -> None:
         """Let a disk request fail: the guest is paused, as QEMU does by default."""
@@ -229,6 +271,21 @@ class Hypervisor:
                 )
             )
             self.pause(domain, "io-error")
+
+    @property
+    def room_mib(self) -> int:
+        """How much room there is for the guests' disks to grow; kept with the domains, where these are kept."""
+        with self.lock:
+            if self._room_file is not None and self._room_file.exists():
+                return int(self._room_file.read_text())
+            return self._room_mib
+
+    @room_mib.setter
+    def room_mib(self, room_mib: int) -> None:
+        with self.lock:
+            self._room_mib = room_mib
+            if self._room_file is not None:
+                self._room_file.write_text(str(room_mib))
 
     def emit(self, event: DriverEvent) -> None:
         """Have an event delivered after those before it."""
@@ -286,7 +343,7 @@ class Hypervisor:
             text = (begin + UP_LINE) * domain.boots
             if domain.started_at is not None:
                 text += begin + (UP_LINE if self._booted(domain) else b"")
-            return text
+            return text + NMI_LINE * domain.nmis
 
     # --- storage ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
 
-from agent.drivers.base import CallContext, Driver
+from agent.drivers.base import CallContext, Driver, DriverContext
 from agent.drivers.fake.domains import Domain
 from agent.drivers.fake.faults import FaultPlan
 from agent.drivers.fake.hypervisor import Hypervisor
@@ -18,6 +18,7 @@ class Parts(Driver):
     """The collaborators, set by the driver's constructor."""
 
     _settings: FakeSettings
+    _context: DriverContext
     _plan: FaultPlan
     _hypervisor: Hypervisor
 

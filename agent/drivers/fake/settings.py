@@ -6,12 +6,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agent import errors
-from agent.drivers.base import Driver
+from agent.drivers.base import OPTIONAL_VERBS, Driver
 from agent.errors import ComputeError, InvalidArgument
 from agent.messages.cpus import parse_cpus
 
@@ -36,6 +37,14 @@ _ERRORS: Final[dict[str, type[ComputeError]]] = {
     cls.default_code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, ComputeError)
 }
 
+
+def _known_verb(verb: str) -> str:
+    if verb not in OPTIONAL_VERBS:
+        raise ValueError(f"{verb!r} is no optional verb")
+    return verb
+
+
+OptionalVerb = Annotated[str, AfterValidator(_known_verb)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -85,7 +94,8 @@ class FakeSettings(BaseModel):
     guest takes to react to a shutdown or reboot; None: it ignores them. `boot_s`: until then the guest has written
     no console log and reacts to nothing. `persist`: domains and disks are kept as files below the state directory
     and outlive the agent, as real guests do. `lacks`: optional verbs that this hypervisor does not have. `backends`
-    and `keys`: names of storage back ends and of encryption keys that a spec can ask for.
+    and `keys`: names of storage back ends and of encryption keys that a spec can ask for. `dumps_dir`: where memory
+    dumps go, by default below the state directory.
     `cpu_dedicated_set`: which of the CPUs (such as `2-7`) guests can get for themselves. `pages`: size of huge pages
     in KiB → how many there are. `shares`: names of the shares that guests can have.
     """
@@ -103,9 +113,8 @@ class FakeSettings(BaseModel):
     boot_s: Seconds = 0.0
     faults: list[Fault] = Field(default_factory=list)
     persist: bool = False
-    lacks: list[Literal["instance.pause", "instance.resume", "instance.reboot", "console.log"]] = Field(
-        default_factory=list
-    )
+    lacks: list[OptionalVerb] = Field(default_factory=list)
+    dumps_dir: Path | None = None
 
     backends: list[str] = Field(default_factory=list)
     keys: list[str] = Field(default_factory=list)

@@ -21,7 +21,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, encryption, errors, xml
+from agent.drivers.libvirt import binding, domains, encryption, errors, saved, xml
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -168,14 +168,13 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         """Start the domain, or restore it if it was saved. Running or paused already: nothing."""
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
-            if domain.isActive():
-                return
-            encryption.provide(connection, self._settings.keys_dir, self._storage.seals(instance_id))
-            try:
-                domain.create()
-            except libvirt.libvirtError as exc:
-                if errors.is_lost(exc) or not domain.isActive():
-                    raise
+            if domain.isActive() and _state(domain) == libvirt.VIR_DOMAIN_CRASHED:
+                # It panicked, and libvirt is about to end it: what is to be started is a new life.
+                with contextlib.suppress(libvirt.libvirtError):
+                    domain.destroy()
+            if not domain.isActive():
+                encryption.provide(connection, self._settings.keys_dir, self._storage.seals(instance_id))
+                saved.create(domain)
 
     def shutdown(self, instance_id: str) -> None:
         """Ask through the guest agent if it answers, else by the ACPI power button."""

@@ -41,8 +41,18 @@ from agent.messages.spec import InstanceSpec
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console, reboots without an event that could prove it, and its disks hold nothing.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"} - snapshot.VERBS
+# The simulation has no console and no memory, reboots without an event that could prove it, and its disks hold nothing.
+_SIMULATED_VERBS: Final = (
+    OPTIONAL_VERBS
+    - {
+        "console.log",
+        "instance.reboot",
+        "instance.reset",
+        "instance.trigger-crash-dump",
+        "instance.memory-dump",
+    }
+    - snapshot.VERBS
+)
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

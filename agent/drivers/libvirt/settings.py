@@ -110,6 +110,8 @@ class LibvirtSettings(BaseModel):
     instances_dir: Path | None = None
     """Folder of the instances' files, by default `instances` in the state directory. QEMU must be able to
     enter it and all folders above it."""
+    dumps_dir: Path | None = None
+    """Folder of memory dumps, by default `dumps` in the state directory. They hold all of a guest's secrets."""
     qemu_img: str = "qemu-img"
     qemu_img_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     min_free_mib: int = Field(default=64, ge=0)
@@ -151,6 +153,7 @@ class LibvirtSettings(BaseModel):
         return value
 
     @field_validator("instances_dir", "emulator")
+    @field_validator("instances_dir", "dumps_dir", "emulator")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():

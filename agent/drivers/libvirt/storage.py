@@ -39,6 +39,7 @@ class Storage:
 
     def __init__(self, settings: LibvirtSettings, state_dir: Path) -> None:
         self._settings = settings
+        self.dumps_root = settings.dumps_dir or state_dir / "dumps"
         self.root = settings.instances_dir or state_dir / "instances"
         self._backends = Backends(settings, self.root)
         self._tuner = Tuner(settings)

@@ -66,6 +66,9 @@ def console_and_helpers(spec: InstanceSpec, facts: HostFacts, files: InstanceFil
         backend = ET.SubElement(rng, "backend", {"model": "random"})
         backend.text = "/dev/urandom"
         yield rng
+    if spec.firmware_acpi and facts.architecture in ("x86_64", "i686"):
+        # Through it a guest tells that it panicked; one without the driver does not mind.
+        yield ET.Element("panic", {"model": "isa"})
     balloon = ET.Element("memballoon", {"model": "virtio" if spec.balloon else "none"})
     if spec.balloon:
         ET.SubElement(balloon, "stats", {"period": str(_BALLOON_PERIOD_S)})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "machine", "reading", "storage")
+_PARTS = ("connection", "definition", "life", "machine", "memory", "reading", "snapshot", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,6 +83,8 @@ class LibvirtCase(DriverCase):
                 if domain.name().startswith(PREFIX):
                     if domain.isActive():
                         domain.destroy()
+                    if domain.hasManagedSaveImage():
+                        domain.managedSaveRemove()
                     domain.undefine()
 
 
@@ -93,6 +95,7 @@ class LibvirtTestInProcess(LibvirtCase):
             Difference.STATE_DIES_WITH_THE_HYPERVISOR,
             Difference.CANNOT_BE_INTERRUPTED,
             Difference.PLAIN_MACHINES_ONLY,
+            Difference.A_RESTORED_GUEST_RUNS,
         }
     )
 
@@ -116,6 +119,7 @@ class LibvirtTestDaemon(LibvirtDaemonCase):
             Difference.STATE_DIES_WITH_THE_DRIVER,
             Difference.STATE_DIES_WITH_THE_HYPERVISOR,
             Difference.PLAIN_MACHINES_ONLY,
+            Difference.A_RESTORED_GUEST_RUNS,
         }
     )
 

@@ -48,6 +48,7 @@ class Difference(Enum):
     STATE_DIES_WITH_THE_HYPERVISOR = "a restart of the hypervisor loses the domains"
     CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
     PLAIN_MACHINES_ONLY = "the hypervisor is simulated and refuses what concerns real hardware"
+    A_RESTORED_GUEST_RUNS = "a guest that was paused when its memory was saved runs when it is restored"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
@@ -216,6 +217,10 @@ OPTIONAL: dict[str, Verb] = {
     "snapshot.list": lambda driver, uid: driver.list_snapshots(uid),
     "snapshot.revert": lambda driver, uid: driver.revert_snapshot(uid, make_spec(), NO_REVERT, CallContext()),
     "snapshot.delete": lambda driver, uid: driver.delete_snapshot(uid, make_spec(), "s", CallContext()),
+    "instance.reset": lambda driver, uid: driver.reset(uid),
+    "instance.trigger-crash-dump": lambda driver, uid: driver.inject_nmi(uid),
+    "instance.memory-dump": lambda driver, uid: driver.memory_dump(uid, "one.elf", "elf", True, CallContext()),
+    "instance.suspend": lambda driver, uid: driver.suspend(uid, CallContext()),
 }
 assert set(OPTIONAL) == OPTIONAL_VERBS
 

@@ -11,6 +11,7 @@ from contract_connection import ConnectionContract
 from contract_definition import DefinitionContract
 from contract_life import LifeContract
 from contract_machine import MachineContract
+from contract_memory import MemoryContract
 from contract_reading import ReadingContract
 from contract_snapshot import SnapshotContract
 from contract_storage import StorageContract
@@ -19,6 +20,7 @@ from contract_storage import StorageContract
 class DriverContract(
     LifeContract,
     MachineContract,
+    MemoryContract,
     DefinitionContract,
     ReadingContract,
     StorageContract,
