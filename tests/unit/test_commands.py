@@ -37,6 +37,9 @@ def test_every_type_is_known(data: Any) -> None:
     needs: dict[str, Any] = {"subject": INSTANCE} if data.subject_required else {}
     fill = {"instance.create": create(), "host.set-enabled": {"enabled": True}}
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
+    fill |= {f"snapshot.{verb}": {"name": "s"} for verb in ("create", "revert", "delete")}
+    fill["instance.export"] = {"target": {"store": "main", "name": "copy"}}
+    fill["instance.backup"] = {"series": "daily", "keep": 1, "store": "main"}
     assert parse_command(command(data.verb, fill.get(data.verb, {}), **needs)).type == type_of(data.verb)
 
 
