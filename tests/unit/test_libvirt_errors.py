@@ -18,6 +18,7 @@ def libvirt_error(code: str, domain: str = "VIR_FROM_QEMU", message: str = "some
 # Written out again, so that a row that is lost or changed is noticed.
 EXPECTED = [
     ("VIR_ERR_NO_DOMAIN", None, "NotFound", "not_found"),
+    ("VIR_ERR_NO_DOMAIN_SNAPSHOT", None, "NotFound", "unknown_snapshot"),
     ("VIR_ERR_DOM_EXIST", None, "AlreadyExists", "already_exists"),
     ("VIR_ERR_OPERATION_FAILED", "already exists with uuid", "AlreadyExists", "already_exists"),
     ("VIR_ERR_OPERATION_FAILED", "is already defined with uuid", "AlreadyExists", "already_exists"),
