@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.world import World, new_id, spec, until
 
+from agent.drivers.fake.live import limits_json
 from agent.drivers.fake.settings import Fault
 from agent.messages.commands import (
     InstanceCreate,
@@ -21,7 +22,16 @@ from agent.messages.commands import (
     InstanceStop,
     OperationCancel,
 )
+from agent.messages.spec_limits import CpuLimits
 from agent.messages.verb import CommandData
+from agent.messages.verbs_resize import (
+    InstanceConfirmResize,
+    InstanceResize,
+    InstanceRevertResize,
+    InstanceSetLimits,
+    InstanceSetMemoryTarget,
+)
+from agent.store.base import InstanceRecord
 
 VERBS: dict[str, tuple[CommandData, str]] = {
     "create": (InstanceCreate(spec=spec("vm")), "running"),
@@ -31,6 +41,13 @@ VERBS: dict[str, tuple[CommandData, str]] = {
     "force": (InstanceStop(force=True), "stopped"),
     "pause": (InstancePause(), "paused"),
     "reboot": (InstanceReboot(mode="hard"), "running"),
+    "resize": (InstanceResize(vcpus=2, memory_mib=384, disks_mib={"root": 2048}, timeout_s=30), "running"),
+    "resize-stopped": (InstanceResize(vcpus=2), "stopped"),
+    "confirm": (InstanceConfirmResize(), "running"),
+    "revert": (InstanceRevertResize(timeout_s=30), "running"),
+    "live": (InstanceResize(mode="live", vcpus=2, memory_mib=384, disks_mib={"root": 2048}), "running"),
+    "balloon": (InstanceSetMemoryTarget(memory_mib=192), "running"),
+    "limits": (InstanceSetLimits(cpu=CpuLimits(shares=512), disks={"root": None}), "running"),
 }
 
 
@@ -46,7 +63,10 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: obj
 async def prepared(world: World, verb: str) -> str:
     if verb == "create":
         return new_id()
-    instance_id = await world.create("vm", start=verb != "start")
+    started = verb not in ("start", "resize-stopped")
+    instance_id = await world.create("vm", start=started, max_vcpus=4, max_memory_mib=512)
+    if verb in ("confirm", "revert"):
+        await world.do(InstanceResize(vcpus=2, memory_mib=384), instance_id=instance_id)
     await world.quiet()
     return instance_id
 
@@ -65,17 +85,30 @@ async def agrees(world: World, operation_id: str, instance_id: str, power: str) 
         assert world.owned_files() == []
     else:
         assert known[instance_id].observed == power
+        await same_everywhere(world, known[instance_id])
         assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
     assert await world.cut.operations(unfinished=True) == []
     assert [event for event in world.events if event.kind == "host.drift"] == []
     world.check_sequence()
 
 
+async def same_everywhere(world: World, record: InstanceRecord) -> None:
+    """The journal, the domain's definition and the guest have the same sizes and limits."""
+    info = await world.ask(world.driver.get, record.id)
+    assert (info.spec, info.life) == (record.spec, record.life)
+    sizes = await world.ask(world.driver.disk_sizes, record.id, record.spec)
+    assert sizes == {"root": record.spec.root_disk.size_mib}
+    if info.power in ("running", "paused"):
+        live = world.driver._hypervisor.find(record.id).live
+        assert (live.vcpus, live.memory_mib) == (record.spec.vcpus, record.spec.memory_mib)
+        assert live.limits_json == limits_json(record.spec)
+
+
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("verb", VERBS)
 async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
     data, power = VERBS[verb]
-    for commits in range(12):
+    for commits in range(16):
         instance_id = await prepared(world, verb)
         world.cut.after(commits, applied=applied)
         operation_id = world.send(data, instance_id=instance_id)
@@ -101,6 +134,12 @@ CALLS = {
     "force": ["destroy"],
     "pause": ["pause"],
     "reboot": ["destroy", "start"],
+    "resize": ["get", "shutdown", "grow_disk", "define", "start"],
+    "confirm": ["define"],
+    "revert": ["shutdown", "define", "start"],
+    "live": ["grow_disk", "request_vcpus", "request_memory", "guest_sizes", "define"],
+    "balloon": ["request_memory_target"],
+    "limits": ["apply_limits", "define"],
 }
 
 

@@ -23,8 +23,13 @@ from agent.errors import FailedPrecondition
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console, and reboots without an event that could prove it.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"}
+# The simulation has no console and no guest that could be limited, and reboots without an event that could prove it.
+_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {
+    "console.log",
+    "instance.reboot",
+    "instance.set-memory-target",
+    "instance.set-limits",
+}
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 
