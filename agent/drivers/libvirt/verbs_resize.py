@@ -32,7 +32,9 @@ class LibvirtResize(Parts):
     def disk_sizes(self, instance_id: str, spec: InstanceSpec) -> Mapping[str, int]:
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
-            root = _live(domain) if domain.isActive() else None
+            # The simulation opens no disks, and makes their sizes up.
+            held = domain.isActive() and not self._settings.simulated
+            root = _live(domain) if held else None
             sizes: dict[str, int] = {}
             for name in xml_limits.disk_limits(spec):
                 if root is not None:
@@ -47,7 +49,7 @@ class LibvirtResize(Parts):
     def grow_disk(self, instance_id: str, spec: InstanceSpec, disk: str, size_mib: int) -> None:
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
-            if domain.isActive():
+            if domain.isActive() and not self._settings.simulated:
                 target = self._target(_live(domain), instance_id, spec, disk)
                 if int(domain.blockInfo(target)[0]) < size_mib * MIB:
                     domain.blockResize(target, size_mib * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "reading", "storage")
+_PARTS = ("connection", "definition", "life", "reading", "resize", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -117,7 +117,7 @@ class LibvirtTestDaemon(LibvirtDaemonCase):
 
 class LibvirtQemu(LibvirtDaemonCase):
     domain_type = "qemu"
-    differences = frozenset({Difference.GUEST_IGNORES_SHUTDOWN})
+    differences = frozenset({Difference.GUEST_IGNORES_SHUTDOWN, Difference.VCPUS_ARE_NOT_UNPLUGGED})
 
 
 @contextmanager

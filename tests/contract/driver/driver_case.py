@@ -45,6 +45,7 @@ class Difference(Enum):
     STATE_DIES_WITH_THE_DRIVER = "domains live in the agent's process, so the next driver does not find them"
     STATE_DIES_WITH_THE_HYPERVISOR = "a restart of the hypervisor loses the domains"
     CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
+    VCPUS_ARE_NOT_UNPLUGGED = "guests are emulated, and QEMU without KVM crashes after a vCPU was unplugged"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
@@ -204,6 +205,9 @@ OPTIONAL: dict[str, Verb] = {
     "instance.resume": lambda driver, uid: driver.resume(uid),
     "instance.reboot": lambda driver, uid: driver.reboot(uid),
     "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+    "instance.resize": lambda driver, uid: driver.grow_disk(uid, make_spec(), "root", 17),
+    "instance.set-memory-target": lambda driver, uid: driver.request_memory_target(uid, 32),
+    "instance.set-limits": lambda driver, uid: driver.apply_limits(uid, make_spec()),
 }
 assert set(OPTIONAL) == OPTIONAL_VERBS
 

@@ -11,8 +11,9 @@ from contract_connection import ConnectionContract
 from contract_definition import DefinitionContract
 from contract_life import LifeContract
 from contract_reading import ReadingContract
+from contract_resize import ResizeContract
 from contract_storage import StorageContract
 
 
-class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract):
+class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ResizeContract, ConnectionContract):
     """All of it."""
