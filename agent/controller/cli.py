@@ -15,6 +15,7 @@ from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_instance import instance
 from agent.controller.commands_operation import operation
+from agent.controller.commands_resize import COMMANDS as RESIZE
 from agent.controller.session import Address, RootGroup, Session
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -60,6 +61,8 @@ def cli(
 
 for command in (instance, host, operation, events):
     cli.add_command(command)
+for command in RESIZE:
+    instance.add_command(command)
 
 
 def _log_to_stderr() -> None:

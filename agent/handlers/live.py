@@ -239,22 +239,20 @@ def _refused(what: str, *, asked: int, read_back: int | None) -> FailedPrecondit
 
 
 async def _guest_has(op: Operation, done: Callable[[GuestSizes], bool], ask: Ask, timeout_s: float) -> GuestSizes:
-    """Ask, and look until the guest has done it or the time is up. Returns what was read back last."""
+    """Ask, and look until the guest has done it or the time is up. Returns what was read back last.
+
+    It is asked also where it has what it should: an earlier request for something else may wait in it.
+    """
     clock = asyncio.get_running_loop().time
     until, ask_at = clock() + timeout_s, 0.0
-    sizes = await op.query(op.ctx.driver.guest_sizes, op.instance_id)
-    while not done(sizes):
+    while True:
         if clock() >= ask_at:
             await ask()
             ask_at = clock() + ASK_EVERY_S
-            sizes = await op.query(op.ctx.driver.guest_sizes, op.instance_id)
-            if done(sizes):
-                break
-        if clock() >= until:
-            break
-        await asyncio.sleep(LOOK_EVERY_S)
         sizes = await op.query(op.ctx.driver.guest_sizes, op.instance_id)
-    return sizes
+        if done(sizes) or clock() >= until:
+            return sizes
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def _restore(op: Operation, old: Sizes, wanted: InstanceSpec, timeout_s: float) -> None:

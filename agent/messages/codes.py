@@ -86,6 +86,7 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("verb_unsupported", errors.Unsupported, "The driver lacks this verb; heartbeats list what it has."),
     ErrorCode("config_unsupported", errors.Unsupported, "The hypervisor cannot run a domain with this definition."),
     ErrorCode("nic_limits_unsupported", errors.Unsupported, "libvirt cannot limit a user-mode NIC."),
+    ErrorCode("nic_limits_failed", errors.Unsupported, "The host's kernel or its `tc` cannot limit a NIC like this."),
     ErrorCode("qemu_img_missing", errors.Unsupported, "qemu-img is not installed on the host."),
     # Images.
     ErrorCode("image_rejected", errors.ImageRejected, "The image is not what the command said, or is not safe."),

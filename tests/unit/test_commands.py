@@ -36,6 +36,8 @@ def test_a_good_command_is_read() -> None:
 def test_every_type_is_known(data: Any) -> None:
     needs: dict[str, Any] = {"subject": INSTANCE} if data.subject_required else {}
     fill = {"instance.create": create(), "host.set-enabled": {"enabled": True}}
+    fill |= {"instance.resize": {"vcpus": 2}, "instance.set-memory-target": {"memory_mib": 64}}
+    fill |= {"instance.set-limits": {"disks": {"root": None}}}
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
     assert parse_command(command(data.verb, fill.get(data.verb, {}), **needs)).type == type_of(data.verb)
 

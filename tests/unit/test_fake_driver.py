@@ -457,7 +457,9 @@ def test_start_without_a_disk(make: Make) -> None:
 def test_lacking_verbs(make: Make) -> None:
     world = make(lacks=["instance.pause", "console.log"])
     instance_id = world.create()
-    assert world.driver.capabilities().verbs == {"instance.resume", "instance.reboot"}
+    verbs = world.driver.capabilities().verbs
+    assert not verbs & {"instance.pause", "console.log"}
+    assert {"instance.resume", "instance.reboot"} <= verbs
     calls: list[Callable[[], object]] = [
         lambda: world.driver.pause(instance_id),
         lambda: world.driver.console_log(instance_id, 1),
