@@ -122,7 +122,8 @@ async def set_memory_target(op: Operation, data: InstanceSetMemoryTarget) -> Mem
         return {"actual_mib": sizes.balloon_mib}
 
     async def deflate() -> None:
-        if before:
+        # A guest that has stopped meanwhile has lost its target with its memory.
+        if before and (await op.query(driver.get, op.instance_id)).power in ("running", "paused"):
             await op.mutate(driver.request_memory_target, op.instance_id, before)
 
     found = await op.step("look", look, harmless=True)

@@ -179,7 +179,7 @@ async def test_cancelled_while_the_guest_does_not_shut_down(host: Host) -> None:
     )
     await host.world.succeed(host.agent.host, OperationCancel(operation_id=command))
     done = await host.world.recorder.wait_final(host.agent.host, command, timeout_s=120)
-    assert (done.kind, done.data["undone"]) == ("operation.cancelled", True)
+    assert done.kind == "operation.cancelled", done.data
     for inactive in (False, True):
         assert (await host.xml(guest, inactive=inactive)).findtext("vcpu") == "1"
     shown = await host.do(InstanceShow(), guest)

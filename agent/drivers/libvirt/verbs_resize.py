@@ -64,7 +64,7 @@ class LibvirtResize(Parts):
             if _has_balloon(root):
                 # What the balloon leaves is told without the memory that is plugged in.
                 actual = domain.memoryStats().get("actual")
-                balloon = None if actual is None else (actual + plugged_kib) // 1024
+                balloon = None if actual is None else round((actual + plugged_kib) / 1024)
             return GuestSizes(
                 vcpus=domain.vcpusFlags(libvirt.VIR_DOMAIN_VCPU_LIVE),
                 memory_mib=(_boot_kib(root) + plugged_kib) // 1024,
