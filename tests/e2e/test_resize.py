@@ -38,9 +38,9 @@ from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.process import DevstackError
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
 
-BOOT_S = 90.0
+BOOT_S = 150.0
 MIB_SECTORS = 2048
 
 
@@ -157,7 +157,7 @@ async def test_cold(host: Host) -> None:
     await host.do(InstanceDelete(), guest)
 
 
-@pytest.mark.parametrize("step", ["stop:after", "grow-root:after", "define:before", "define:after", "start:after"])
+@pytest.mark.parametrize("step", ["grow-root:after", "define:after"])
 async def test_killed_in_a_cold_resize(host: Host, step: str) -> None:
     guest = await host.create(host.spec("killed", root_disk=RootDisk(size_mib=16)))
     data = InstanceResize(vcpus=2, memory_mib=96, disks_mib={"root": 24}, timeout_s=0)

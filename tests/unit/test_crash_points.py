@@ -206,6 +206,38 @@ async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str
     raise AssertionError("there were more commits than this test has rounds")
 
 
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize(
+    ("verb", "fault"), [("resize", "start"), ("revert", "define"), ("live", "define"), ("limits", "define"), ("balloon", "guest_sizes")]
+)
+async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str, fault: str, applied: bool) -> None:
+    """Finished or taken back, and journal, definition and guest agree in any case."""
+    data, power = VERBS[verb]
+    for commits in range(20):
+        instance_id = await prepared(world, verb)
+        world.driver.inject(Fault(call=fault, error="internal", times=1))
+        world.cut.after(commits, applied=applied)
+        operation_id = world.send(data, instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        await world.final(operation_id)
+        await world.quiet()
+        assert len(world.finals(operation_id)) == 1
+        assert await world.power(instance_id) == power
+        (kept,) = await world.cut.instances()
+        assert kept == world.agent.ctx.instances.get(instance_id)
+        await same_everywhere(world, kept)
+        assert await world.cut.operations(unfinished=True) == []
+        world.check_sequence()
+        await world.do(InstanceDelete(), instance_id=instance_id)
+        await world.quiet()
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
 async def test_dies_after_a_cancel(world: World) -> None:
     for commits in range(8):
         operation_id, instance_id = new_id(), new_id()

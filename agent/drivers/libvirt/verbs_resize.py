@@ -7,7 +7,8 @@ unplugged, libvirt waits 5 s for the guest and then raises a timeout; the guest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree as ET
@@ -158,10 +159,16 @@ class LibvirtResize(Parts):
             for element, nic in zip(root.findall("devices/interface"), spec.nics, strict=False):
                 _apply_bandwidth(domain, element, xml_limits.bandwidth(nic.limits))
 
-    def _active_domain(self, instance_id: str) -> _ActiveDomain:
+    @contextlib.contextmanager
+    def _active_domain(self, instance_id: str) -> Iterator[Any]:
+        """A domain of ours that runs, for a few calls."""
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor has no guest that could be resized while it runs")
-        return _ActiveDomain(self._link.call(), instance_id)
+        with self._link.call() as connection:
+            domain = domains.find_owned(connection, instance_id)
+            if not domain.isActive():
+                raise FailedPrecondition("the instance does not run; start it first", code="instance_not_running")
+            yield domain
 
     def _target(self, root: ET.Element, instance_id: str, spec: InstanceSpec, name: str) -> str:
         """The name by which libvirt knows a disk of a running guest, whatever order the definition has."""
@@ -171,28 +178,6 @@ class LibvirtResize(Parts):
             if xml_limits.source_of(disk) == path and target is not None:
                 return str(target.get("dev"))
         raise NotFound(f"the running guest has no disk {name}", code="disk_missing", disk=name)
-
-
-class _ActiveDomain:
-    """A domain of ours that runs, for the time of a `with` block."""
-
-    def __init__(self, call: Any, instance_id: str) -> None:
-        self._call = call
-        self._instance_id = instance_id
-
-    def __enter__(self) -> Any:
-        connection = self._call.__enter__()
-        try:
-            domain = domains.find_owned(connection, self._instance_id)
-            if not domain.isActive():
-                raise FailedPrecondition("the instance does not run; start it first", code="instance_not_running")
-        except BaseException as exc:
-            if not self._call.__exit__(type(exc), exc, exc.__traceback__):
-                raise
-        return domain
-
-    def __exit__(self, *exc: object) -> Any:
-        return self._call.__exit__(*exc)
 
 
 def _live(domain: Any) -> ET.Element:
