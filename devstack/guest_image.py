@@ -56,6 +56,7 @@ _FIRST_MODULES = [
     "virtio_blk",
     "virtio_net",
     "virtio_balloon",
+    "virtio_mem",
     "virtio_console",
     "virtio-rng",
     "button",

@@ -40,6 +40,10 @@ facts() {
     # A plugged vCPU waits for somebody to switch it on.
     { read -r state <"${online}" && [ "${state}" = 0 ] && echo 1 >"${online}"; } 2>/dev/null
   done
+  for block in /sys/devices/system/memory/memory*/state; do
+    # So does plugged memory; movable, so that it can be taken away again.
+    { read -r state <"${block}" && [ "${state}" = offline ] && echo online_movable >"${block}"; } 2>/dev/null
+  done
   sectors=0
   for disk in sda vda; do
     [ -e "/sys/block/${disk}/size" ] && read -r sectors <"/sys/block/${disk}/size"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import backup, create, delete, export, images, memory, power, read, snapshot
+from agent.handlers import backup, create, delete, export, images, live, memory, power, read, resize, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
@@ -15,4 +15,6 @@ ROUTES: tuple[Route, ...] = (
     *backup.ROUTES,
     *snapshot.ROUTES,
     *images.ROUTES,
+    *resize.ROUTES,
+    *live.ROUTES,
 )

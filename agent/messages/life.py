@@ -15,10 +15,15 @@ from agent.messages.types import Outbound
 
 
 class Sizes(Outbound):
-    """The sizes that a resize changes. `disks_mib`: name of a disk → size; the root disk is `root`."""
+    """The sizes that a resize changes. `disks_mib`: name of a disk → size; the root disk is `root`.
+
+    A cold resize beyond `max_vcpus` or `max_memory_mib` raises these too, so they are kept for the way back.
+    """
 
     vcpus: int
     memory_mib: int
+    max_vcpus: int | None = None
+    max_memory_mib: int | None = None
     disks_mib: dict[str, int] = Field(default_factory=dict)
 
 

@@ -44,12 +44,20 @@ from agent.messages.commands import (
 from agent.messages.events import EVENTS
 from agent.messages.results import RESULTS
 from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
+from agent.messages.spec_limits import DiskLimits
 from agent.messages.verbs_memory import (
     InstanceMemoryDump,
     InstanceReset,
     InstanceSetPolicy,
     InstanceSuspend,
     InstanceTriggerCrashDump,
+)
+from agent.messages.verbs_resize import (
+    InstanceConfirmResize,
+    InstanceResize,
+    InstanceRevertResize,
+    InstanceSetLimits,
+    InstanceSetMemoryTarget,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -300,6 +308,12 @@ async def _use_every_verb(broker: MemoryBroker) -> None:
             InstanceStart(),
             InstanceShow(),
             ConsoleLog(),
+            InstanceSetMemoryTarget(memory_mib=64),
+            InstanceSetLimits(disks={"root": DiskLimits(total_iops=5)}),
+            InstanceResize(vcpus=2),
+            InstanceRevertResize(),
+            InstanceResize(disks_mib={"root": 128}, timeout_s=0),
+            InstanceConfirmResize(),
             InstanceStop(force=True),
         ):
             await client.call(data, host="h1", instance_id=one)

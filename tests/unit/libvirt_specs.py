@@ -15,7 +15,7 @@ from agent.messages.spec_disks import (
     KernelBoot,
     SwapDisk,
 )
-from agent.messages.spec_limits import DiskLimits
+from agent.messages.spec_limits import CpuLimits, DiskLimits, NicLimits
 
 INSTANCE_ID = "11111111-2222-4333-8444-555555555555"
 
@@ -25,15 +25,22 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200) | st.samp
 )
 NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 MODELS = st.sampled_from(["virtio", "e1000", "e1000e", "rtl8139"])
+RATES = st.none() | st.integers(1, 2**31 - 1)
+NIC_LIMITS = st.none() | st.builds(NicLimits, inbound_kib_s=RATES, outbound_kib_s=RATES)
+DISK_LIMITS = st.none() | st.one_of(
+    st.builds(DiskLimits, total_bytes_s=RATES, total_iops=RATES),
+    st.builds(DiskLimits, read_bytes_s=RATES, write_bytes_s=RATES, read_iops=RATES, write_iops=RATES),
+)
 NICS = st.one_of(
     st.builds(UserNic, type=st.just("user"), model=MODELS),
-    st.builds(NetworkNic, type=st.just("network"), network=NAMES, model=MODELS),
+    st.builds(NetworkNic, type=st.just("network"), network=NAMES, model=MODELS, limits=NIC_LIMITS),
     st.builds(
         BridgeNic,
         type=st.just("bridge"),
         bridge=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,14}\Z"),
         model=MODELS,
         mac=st.sampled_from([None, "52:54:00:aa:bb:cc"]),
+        limits=NIC_LIMITS,
     ),
 )
 SEEDS = st.builds(
@@ -108,6 +115,14 @@ SPECS = _with_order(
             size_mib=st.integers(1, 64 * 1024 * 1024),
             image=st.none() | IMAGES,
             bus=st.sampled_from(["virtio", "sata", "scsi"]),
+            limits=DISK_LIMITS,
+        ),
+        max_vcpus=st.sampled_from([None, 1024]),
+        max_memory_mib=st.sampled_from([None, 16 * 1024 * 1024]),
+        cpu_limits=st.builds(
+            CpuLimits,
+            shares=st.none() | st.integers(2, 262_144),
+            quota_percent=st.none() | st.integers(1, 1000),
         ),
         nics=st.lists(NICS, max_size=4).filter(_distinct_macs),
         seed=st.none() | SEEDS,

@@ -36,6 +36,8 @@ def test_every_type_is_known(data: Any) -> None:
     needs: dict[str, Any] = {"subject": INSTANCE} if data.subject_required else {}
     fill = {"instance.create": create(), "host.set-enabled": {"enabled": True}}
     fill["instance.set-policy"] = {"on_stop": "restart"}
+    fill |= {"instance.resize": {"vcpus": 2}, "instance.set-memory-target": {"memory_mib": 64}}
+    fill |= {"instance.set-limits": {"disks": {"root": None}}}
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
     fill |= {verb: {"sha256": "0" * 64} for verb in ("image.remove", "image.verify")}
     fill["image.prefetch"] = {"image": {"url": "https://x/y", "sha256": "0" * 64, "format": "raw"}}

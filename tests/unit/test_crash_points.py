@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.world import World, new_id, spec, until
 
+from agent.drivers.fake.live import limits_json
 from agent.drivers.fake.settings import Fault
 from agent.errors import Unavailable
 from agent.exports.files import Slot
@@ -26,6 +27,7 @@ from agent.messages.commands import (
     OperationCancel,
 )
 from agent.messages.spec_disks import DataDisk, EphemeralDisk, SwapDisk
+from agent.messages.spec_limits import CpuLimits
 from agent.messages.verb import CommandData
 from agent.messages.verbs_memory import (
     InstanceMemoryDump,
@@ -33,6 +35,13 @@ from agent.messages.verbs_memory import (
     InstanceSetPolicy,
     InstanceSuspend,
     InstanceTriggerCrashDump,
+)
+from agent.messages.verbs_resize import (
+    InstanceConfirmResize,
+    InstanceResize,
+    InstanceRevertResize,
+    InstanceSetLimits,
+    InstanceSetMemoryTarget,
 )
 from agent.messages.verbs_snapshot import (
     ExportTarget,
@@ -42,6 +51,7 @@ from agent.messages.verbs_snapshot import (
     SnapshotDelete,
     SnapshotRevert,
 )
+from agent.store.base import InstanceRecord
 
 DISKS = [
     DataDisk(kind="data", name="data", size_mib=8),
@@ -71,6 +81,13 @@ VERBS: dict[str, tuple[CommandData, str]] = {
     "trigger-crash-dump": (InstanceTriggerCrashDump(), "running"),
     "memory-dump": (InstanceMemoryDump(), "running"),
     "set-policy": (InstanceSetPolicy(on_stop="restart"), "running"),
+    "resize": (InstanceResize(vcpus=2, memory_mib=384, disks_mib={"root": 2048}, timeout_s=30), "running"),
+    "resize-stopped": (InstanceResize(vcpus=2), "stopped"),
+    "confirm": (InstanceConfirmResize(), "running"),
+    "revert-resize": (InstanceRevertResize(timeout_s=30), "running"),
+    "live": (InstanceResize(mode="live", vcpus=2, memory_mib=384, disks_mib={"root": 2048}), "running"),
+    "balloon": (InstanceSetMemoryTarget(memory_mib=192), "running"),
+    "limits": (InstanceSetLimits(cpu=CpuLimits(shares=512), disks={"root": None}), "running"),
 }
 STORED = {"export": 2, "backup": 3}
 """How many files the verb leaves in the export store."""
@@ -91,7 +108,10 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: obj
 async def prepared(world: World, verb: str) -> str:
     if verb.startswith("create"):
         return new_id()
-    instance_id = await world.create("vm", start=verb != "start")
+    started = verb not in ("start", "resize-stopped")
+    instance_id = await world.create("vm", start=started, max_vcpus=4, max_memory_mib=512)
+    if verb in ("confirm", "revert-resize"):
+        await world.do(InstanceResize(vcpus=2, memory_mib=384), instance_id=instance_id)
     if verb in ("revert", "drop"):
         await world.do(SnapshotCreate(name="old"), instance_id=instance_id)
     if verb == "backup":
@@ -132,10 +152,24 @@ async def agrees(world: World, operation_id: str, instance_id: str, power: str) 
         assert world.owned_files() == []
     else:
         assert known[instance_id].observed == power
+        await same_everywhere(world, known[instance_id])
         assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
     assert await world.cut.operations(unfinished=True) == []
     assert [event for event in world.events if event.kind == "host.drift"] == []
     world.check_sequence()
+
+
+async def same_everywhere(world: World, record: InstanceRecord) -> None:
+    """The journal, the domain's definition and the guest have the same sizes and limits."""
+    info = await world.ask(world.driver.get, record.id)
+    assert (info.spec, info.life) == (record.spec, record.life)
+    sizes = await world.ask(world.driver.disk_sizes, record.id, record.spec)
+    assert sizes["root"] == record.spec.root_disk.size_mib
+    assert all(sizes[disk.name] == disk.size_mib for disk in record.spec.disks if disk.kind != "cdrom")
+    if info.power in ("running", "paused"):
+        live = world.driver._hypervisor.find(record.id).live
+        assert (live.vcpus, live.memory_mib) == (record.spec.vcpus, record.spec.memory_mib)
+        assert live.limits_json == limits_json(record.spec)
 
 
 @pytest.mark.parametrize("applied", [False, True])
@@ -182,6 +216,12 @@ CALLS = {
     "trigger-crash-dump": ["inject_nmi"],
     "memory-dump": ["memory_dump"],
     "set-policy": ["define"],
+    "resize": ["get", "shutdown", "grow_disk", "define", "start"],
+    "confirm": ["define"],
+    "revert-resize": ["shutdown", "define", "start"],
+    "live": ["grow_disk", "request_vcpus", "request_memory", "guest_sizes", "define"],
+    "balloon": ["request_memory_target"],
+    "limits": ["apply_limits", "define"],
 }
 
 
@@ -244,6 +284,38 @@ async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str
         assert await world.cut.instances() == world.agent.ctx.instances.all() == []
         assert await world.cut.operations(unfinished=True) == []
         world.check_sequence()
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize(
+    ("verb", "fault"), [("resize", "start"), ("revert", "define"), ("live", "define"), ("limits", "define"), ("balloon", "guest_sizes")]
+)
+async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str, fault: str, applied: bool) -> None:
+    """Finished or taken back, and journal, definition and guest agree in any case."""
+    data, power = VERBS[verb]
+    for commits in range(20):
+        instance_id = await prepared(world, verb)
+        world.driver.inject(Fault(call=fault, error="internal", times=1))
+        world.cut.after(commits, applied=applied)
+        operation_id = world.send(data, instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        await world.final(operation_id)
+        await world.quiet()
+        assert len(world.finals(operation_id)) == 1
+        assert await world.power(instance_id) == power
+        (kept,) = await world.cut.instances()
+        assert kept == world.agent.ctx.instances.get(instance_id)
+        await same_everywhere(world, kept)
+        assert await world.cut.operations(unfinished=True) == []
+        world.check_sequence()
+        await world.do(InstanceDelete(), instance_id=instance_id)
+        await world.quiet()
         if not died:
             return
     raise AssertionError("there were more commits than this test has rounds")

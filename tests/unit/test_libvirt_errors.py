@@ -59,6 +59,7 @@ EXPECTED = [
     ("VIR_ERR_INTERNAL_ERROR", "Cannot allocate memory", "ResourceExhausted", "host_memory"),
     ("VIR_ERR_INTERNAL_ERROR", "cannot set up guest memory", "ResourceExhausted", "host_memory"),
     ("VIR_ERR_INTERNAL_ERROR", "No space left on device", "ResourceExhausted", "no_space"),
+    ("VIR_ERR_INTERNAL_ERROR", "Child process (tc ", "Unsupported", "nic_limits_failed"),
     ("VIR_ERR_INTERNAL_ERROR", 'Failed to get "write" lock', "FailedPrecondition", "disk_in_use"),
 ]
 

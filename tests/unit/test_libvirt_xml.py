@@ -12,9 +12,10 @@ from agent.drivers.libvirt import xml, xml_devices
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles, Tuning
 from agent.drivers.libvirt.encryption import sealed
 from agent.drivers.libvirt.volumes import Location
-from agent.errors import InvalidArgument
-from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
+from agent.errors import InvalidArgument, Unsupported
+from agent.messages.spec import BridgeNic, InstanceSpec, RootDisk, Seed, UserNic
 from agent.messages.spec_disks import CdromDisk
+from agent.messages.spec_limits import CpuLimits, DiskLimits, NicLimits
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 ODD = Path("/srv/it's <odd> & \"strange\"")
@@ -164,3 +165,43 @@ def test_a_definition_that_libvirt_could_not_take_is_refused():
     with pytest.raises(InvalidArgument) as caught:
         build(spec)
     assert caught.value.code == "spec_too_large"
+
+
+def test_room_to_grow_is_one_device_that_gives_memory_in_blocks():
+    spec = SMALL.model_copy(update={"vcpus": 2, "max_vcpus": 4, "max_memory_mib": 129})
+    document = build(spec)
+    assert (document.find("vcpu").get("current"), document.findtext("vcpu")) == ("2", "4")
+    vcpus = [(vcpu.get("enabled"), vcpu.get("hotpluggable")) for vcpu in document.findall("vcpus/vcpu")]
+    assert vcpus == [("yes", "no"), ("yes", "yes"), ("no", "yes"), ("no", "yes")]
+    cell = document.find("cpu/numa/cell")
+    assert (cell.get("cpus"), cell.get("memory"), cell.get("unit")) == ("0-3", "64", "MiB")
+    # Blocks are whole: of an odd number the last MiB is left out.
+    assert document.findtext("devices/memory/target/size") == document.findtext("maxMemory").replace("131072", "65536")
+    assert document.findtext("maxMemory") == str(128 * 1024)
+    assert build(SMALL).find("maxMemory") is None
+    assert build(SMALL.model_copy(update={"max_memory_mib": 65})).find("devices/memory") is None
+
+
+def test_limits_of_cpu_disk_and_nics():
+    nics = [
+        BridgeNic(type="bridge", bridge="br0", limits=NicLimits(inbound_kib_s=10)),
+        BridgeNic(type="bridge", bridge="br0"),
+    ]
+    root = RootDisk(size_mib=1, limits=DiskLimits(total_bytes_s=5, read_iops=6))
+    update = {"nics": nics, "root_disk": root, "cpu_limits": CpuLimits(shares=512, quota_percent=150)}
+    document = build(SMALL.model_copy(update=update))
+    tune = {item.tag: item.text for item in document.find("cputune")}
+    assert tune == {"shares": "512", "period": "100000", "quota": "150000"}
+    tune = {item.tag: item.text for item in document.find("devices/disk/iotune")}
+    assert tune == {"total_bytes_sec": "5", "read_iops_sec": "6"}
+    first, second = document.findall("devices/interface")
+    assert first.find("bandwidth/inbound").get("average") == "10"
+    assert first.find("bandwidth/outbound") is None
+    assert second.find("bandwidth") is None
+
+
+def test_a_user_mode_nic_cannot_be_limited():
+    nic = UserNic(type="user", limits=NicLimits(inbound_kib_s=1))
+    with pytest.raises(Unsupported) as caught:
+        build(SMALL.model_copy(update={"nics": [nic]}))
+    assert caught.value.code == "nic_limits_unsupported"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.drivers.base import DomainInfo
+from agent.drivers.fake.live import Live
 from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
 from agent.messages.events import PowerState
 from agent.messages.life import ORDINARY, Life
@@ -48,6 +49,7 @@ class Domain:
     saved: str | None = None
     """What the guest did when its memory was saved, `running` or `paused`; `damaged`: it cannot be used."""
     nmis: int = 0
+    live_json: str | None = None
     steering: Steering = UNSTEERED
 
     @property
@@ -64,6 +66,15 @@ class Domain:
     def life(self) -> Life:
         """The life from the domain's metadata."""
         return ORDINARY if self.life_json is None else Life.model_validate_json(self.life_json)
+
+    @property
+    def live(self) -> Live:
+        """What the guest has since it was started. Of a domain of ours that is active."""
+        return Live.from_json(self.live_json or "")
+
+    @live.setter
+    def live(self, live: Live) -> None:
+        self.live_json = live.to_json()
 
     def set_spec(self, spec: InstanceSpec, generation: int, life: Life = ORDINARY) -> None:
         """Take a new definition. Raises `InvalidArgument` for a `fake.` label that does not exist."""

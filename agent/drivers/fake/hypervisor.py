@@ -17,6 +17,7 @@ from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
 from agent.drivers.cpuset import assign
 from agent.drivers.fake.disks import Disk, Disks
 from agent.drivers.fake.domains import Domain, Domains
+from agent.drivers.fake.live import Live, check_nics
 from agent.drivers.fake.settings import FakeSettings
 from agent.drivers.fake.timers import Timers
 from agent.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
@@ -96,6 +97,7 @@ class Hypervisor:
             return [domain.info() for domain in self.domains]
 
     def define(self, instance_id: str, spec: InstanceSpec, generation: int, life: Life = ORDINARY) -> None:
+        check_nics(spec)
         with self.lock:
             holder = self.domains.owner_of(spec.name)
             if holder not in {None, instance_id}:
@@ -301,6 +303,8 @@ class Hypervisor:
         domain.started_at = time.time()
         domain.paused_at = None
         domain.pending.clear()
+        if (spec := domain.spec) is not None:
+            domain.live = Live.booted(spec)
 
     def _booted(self, domain: Domain) -> bool:
         if domain.started_at is None:

@@ -156,6 +156,7 @@ class Steering:
     guest_shutdown_s: float | None = None
     ignores_acpi: bool = False
     boot_s: float | None = None
+    refuses_unplug: bool = False
 
 
 UNSTEERED: Final = Steering()
@@ -173,8 +174,9 @@ def parse_labels(labels: Mapping[str, str]) -> Steering:
 
     `fake.<call>-error=<code>`, `fake.<call>-error-times=<n>`, `fake.<call>-hang-s=<s>` (`fake.hang-s` is that of
     start), and about the guest, counted from its start: `fake.crash-after-s`, `fake.stop-after-s`,
-    `fake.io-error-after-s`, `fake.boot-s`, `fake.guest-shutdown-s` (or `never`). Raises `InvalidArgument` with
-    code `unknown_fake_label` or `bad_fake_label`, since a misspelt label would make a test pass for no reason.
+    `fake.io-error-after-s`, `fake.boot-s`, `fake.guest-shutdown-s` (or `never`), `fake.refuses-unplug`. Raises
+    `InvalidArgument` with code `unknown_fake_label` or `bad_fake_label`, since a misspelt label would make a test pass
+    for no reason.
     """
     mine = {key.removeprefix(PREFIX): value for key, value in labels.items() if key.startswith(PREFIX)}
     if not mine:
@@ -184,6 +186,8 @@ def parse_labels(labels: Mapping[str, str]) -> Steering:
     for key, value in mine.items():
         if key in _AFTER:
             found[_AFTER[key]] = _number(key, value)
+        elif key == "refuses-unplug":
+            found["refuses_unplug"] = True
         elif key == "guest-shutdown-s":
             found["ignores_acpi"] = value == "never"
             found["guest_shutdown_s"] = None if value == "never" else _number(key, value)

@@ -81,6 +81,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("VIR_ERR_INTERNAL_ERROR", ResourceExhausted, "host_memory", phrase="Cannot allocate memory"),
     Rule("VIR_ERR_INTERNAL_ERROR", ResourceExhausted, "host_memory", phrase="cannot set up guest memory"),
     Rule("VIR_ERR_INTERNAL_ERROR", ResourceExhausted, "no_space", phrase="No space left on device"),
+    Rule("VIR_ERR_INTERNAL_ERROR", Unsupported, "nic_limits_failed", phrase="Child process (tc "),
     Rule("VIR_ERR_INTERNAL_ERROR", FailedPrecondition, "disk_in_use", phrase='Failed to get "write" lock'),
 )
 """Searched from the top; the connection-lost test comes before it, and what matches no row is `Internal`."""

@@ -41,7 +41,8 @@ from agent.messages.spec import InstanceSpec
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console and no memory, reboots without an event that could prove it, and its disks hold nothing.
+# The simulation has no console, no memory and no guest that could be limited, reboots without an event that could prove
+# it, and its disks hold nothing.
 _SIMULATED_VERBS: Final = (
     OPTIONAL_VERBS
     - {
@@ -50,6 +51,8 @@ _SIMULATED_VERBS: Final = (
         "instance.reset",
         "instance.trigger-crash-dump",
         "instance.memory-dump",
+        "instance.set-memory-target",
+        "instance.set-limits",
     }
     - snapshot.VERBS
 )

@@ -138,7 +138,6 @@ class LibvirtSettings(BaseModel):
     def _address(cls, value: str) -> str:
         return str(ipaddress.ip_address(value))
 
-    @field_validator("instances_dir", "emulator", "keys_dir")
     @field_validator("cpu_dedicated_set", "cpu_shared_set")
     @classmethod
     def _readable_set(cls, value: str) -> str:
@@ -152,8 +151,7 @@ class LibvirtSettings(BaseModel):
             raise ValueError("the paths must be absolute")
         return value
 
-    @field_validator("instances_dir", "emulator")
-    @field_validator("instances_dir", "dumps_dir", "emulator")
+    @field_validator("instances_dir", "dumps_dir", "emulator", "keys_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
@@ -176,6 +174,7 @@ class LibvirtSettings(BaseModel):
                 raise ValueError(f"backends.{name}: the path must be absolute")
         return self
 
+    @model_validator(mode="after")
     def _apart(self) -> LibvirtSettings:
         both = parse_cpus(self.cpu_dedicated_set) & parse_cpus(self.cpu_shared_set)
         if both:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from agent.drivers.libvirt import metadata, xml_machine
+from agent.drivers.libvirt import metadata, xml_limits, xml_machine
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.definition import text_element as _text
 from agent.drivers.libvirt.xml_devices import console_and_helpers, interface, mac_addresses
@@ -72,6 +72,7 @@ def build(
     _text(domain, "on_crash", "destroy")
     devices = ET.SubElement(domain, "devices")
     devices.extend(_devices(instance_id, spec, facts, files))
+    xml_limits.apply(domain, spec, facts, files)
     if present is not None and unchanged is not None:
         keep_hardware(domain, present, unchanged)
     text = ET.tostring(domain, encoding="unicode")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "machine", "memory", "reading", "snapshot", "storage")
+_PARTS = ("connection", "definition", "life", "machine", "memory", "reading", "resize", "snapshot", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,7 +126,7 @@ class LibvirtTestDaemon(LibvirtDaemonCase):
 
 class LibvirtQemu(LibvirtDaemonCase):
     domain_type = "qemu"
-    differences = frozenset({Difference.GUEST_IGNORES_SHUTDOWN})
+    differences = frozenset({Difference.GUEST_IGNORES_SHUTDOWN, Difference.VCPUS_ARE_NOT_UNPLUGGED})
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class Difference(Enum):
     CANNOT_BE_INTERRUPTED = "the hypervisor is in the agent's process and cannot go away"
     PLAIN_MACHINES_ONLY = "the hypervisor is simulated and refuses what concerns real hardware"
     A_RESTORED_GUEST_RUNS = "a guest that was paused when its memory was saved runs when it is restored"
+    VCPUS_ARE_NOT_UNPLUGGED = "guests are emulated, and QEMU without KVM crashes after a vCPU was unplugged"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
@@ -221,6 +222,9 @@ OPTIONAL: dict[str, Verb] = {
     "instance.trigger-crash-dump": lambda driver, uid: driver.inject_nmi(uid),
     "instance.memory-dump": lambda driver, uid: driver.memory_dump(uid, "one.elf", "elf", True, CallContext()),
     "instance.suspend": lambda driver, uid: driver.suspend(uid, CallContext()),
+    "instance.resize": lambda driver, uid: driver.grow_disk(uid, make_spec(), "root", 17),
+    "instance.set-memory-target": lambda driver, uid: driver.request_memory_target(uid, 32),
+    "instance.set-limits": lambda driver, uid: driver.apply_limits(uid, make_spec()),
 }
 assert set(OPTIONAL) == OPTIONAL_VERBS
 

@@ -13,6 +13,7 @@ from contract_life import LifeContract
 from contract_machine import MachineContract
 from contract_memory import MemoryContract
 from contract_reading import ReadingContract
+from contract_resize import ResizeContract
 from contract_snapshot import SnapshotContract
 from contract_storage import StorageContract
 
@@ -23,6 +24,7 @@ class DriverContract(
     MemoryContract,
     DefinitionContract,
     ReadingContract,
+    ResizeContract,
     StorageContract,
     SnapshotContract,
     ConnectionContract,
