@@ -97,7 +97,8 @@ class Conversion:
             try:
                 self._child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+                    # An arena for each of its up to 64 threads would use up the address space on a slow disk.
+                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "MALLOC_ARENA_MAX": "1"},
                 )  # fmt: skip
             except FileNotFoundError as exc:
                 raise Unsupported(
@@ -136,6 +137,9 @@ def _translate(status: int, said: str) -> ComputeError:
         return ImageRejected(
             "qemu-img cannot convert the image within its limits of time and size", code="image_corrupt"
         )
+    if status == -signal.SIGABRT or os.strerror(errno.ENOMEM) in said or os.strerror(errno.EAGAIN) in said:
+        # It aborts where it cannot have memory or a thread: rather the limit or the host than the image.
+        return Internal(f"qemu-img gave up within images.convert_memory_mib: {_reason(said)}", code="qemu_img_failed")
     if status < 0:
         name = signal.Signals(-status).name
         return ImageRejected(f"qemu-img was ended by {name} as it read the image", code="image_corrupt")

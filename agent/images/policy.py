@@ -72,7 +72,7 @@ class ImagePolicy(BaseModel):
     )
     require_signature: bool = Field(default=False, description="Refuse images without a signature by a trusted key.")
     convert_timeout_s: PositiveSeconds = Field(default=3600, description="One conversion (vmdk, vhdx) to qcow2.")
-    convert_memory_mib: PositiveMib = Field(default=1024, description="Address space of qemu-img in a conversion.")
+    convert_memory_mib: PositiveMib = Field(default=2048, description="Address space of qemu-img in a conversion.")
     max_cache_mib: PositiveMib | None = Field(
         default=None, description="Disk space for cached images; unused ones go when it is needed."
     )

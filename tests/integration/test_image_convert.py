@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import zstandard
 
-from agent.errors import DeadlineExceeded, ImageRejected
+from agent.errors import ComputeError, DeadlineExceeded, ImageRejected
 from agent.images import convert
 from agent.images.cache import ImageCache
 from agent.images.policy import ImagePolicy
@@ -358,3 +358,17 @@ async def test_output_cannot_outgrow_what_the_header_says(cached, tmp_path, vmdk
     """Were the header lying in a way that nobody thought of: the file size is limited all the same."""
     monkeypatch.setattr(convert, "_ROUND_MIB", -8)
     assert await refused(cached, tmp_path, vmdk, "vmdk") == "image_corrupt"
+
+
+@pytest.mark.parametrize("said", ["qemu_thread_create: Resource temporarily unavailable", "Cannot allocate memory", ""])
+def test_short_memory_is_not_the_images_fault(said):
+    """Seen on a busy disk: as qemu-img's threads used up its address space, a good image was called corrupt."""
+    assert convert._translate(-6, said).code == "qemu_img_failed"
+
+
+async def test_threads_share_one_arena(cached, vmdk, slow_qemu_img):
+    script = slow_qemu_img / "qemu-img"
+    script.write_text(f"#!/bin/sh\necho $MALLOC_ARENA_MAX > {slow_qemu_img}/arena\nexit 1\n")
+    with pytest.raises(ComputeError):
+        await cached(bytes(vmdk), "vmdk")
+    assert (slow_qemu_img / "arena").read_text().strip() == "1"
