@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import create, delete, power, read
+from agent.handlers import adopt, create, delete, power, read
 
 ROUTES: tuple[Route, ...] = (
+    *adopt.ROUTES,
     *create.ROUTES,
     *delete.ROUTES,
     *power.ROUTES,

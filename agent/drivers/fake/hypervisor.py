@@ -17,6 +17,7 @@ from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
 from agent.drivers.fake.domains import Disk, Disks, Domain, Domains
 from agent.drivers.fake.settings import FakeSettings
 from agent.drivers.fake.timers import Timers
+from agent.drivers.verbs.host import check_adopted_spec
 from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
 from agent.messages.life import ORDINARY, Life
@@ -101,6 +102,8 @@ class Hypervisor:
                 raise AlreadyExists(f"id {instance_id} belongs to the foreign domain {domain.name}")
             if domain is not None and domain.name != spec.name:
                 raise AlreadyExists(f"domain {instance_id} has the name {domain.name!r}; a name cannot be changed")
+            if domain is not None and life.adopted is not None and domain.spec is not None:
+                check_adopted_spec(domain.name, domain.spec, spec)
             if domain is None:
                 domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
             domain.set_spec(spec, generation, life)
@@ -136,7 +139,7 @@ class Hypervisor:
             domain = self.find_owned(instance_id)
             if domain.active:
                 return
-            if self.disks.get(instance_id) is None:
+            if self.disks.get(instance_id) is None and domain.life.adopted is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
             self.disks.touch_console(instance_id)
             self._boot(domain)

@@ -47,7 +47,7 @@ class FakeHost(Parts):
             shutil.rmtree(folder, ignore_errors=True)
             return True
 
-    def foreign_plan(self, instance_id: str, *, own_disks: bool) -> ForeignPlan:
+    def foreign_plan(self, instance_id: str, own_disks: bool) -> ForeignPlan:
         with self._call("foreign_plan", instance_id, verb="instance.adopt"), self._hypervisor.lock:
             domain = self._hypervisor.find(instance_id)
             if domain.owned:
@@ -105,6 +105,6 @@ class FakeHost(Parts):
             domain: Domain | None = self._hypervisor.domains.get(instance_id)
             if domain is None or not domain.owned:
                 yield Artifact("domain", instance_id, instance_id, detail=holding.spec.name)
-            if holding.life.adopted is None and holding.life.shelf is None:
-                if self._hypervisor.disks.get(instance_id) is None:
-                    yield Artifact("disk", "root", instance_id)
+            elsewhere = holding.life.adopted is not None or holding.life.shelf is not None
+            if not elsewhere and self._hypervisor.disks.get(instance_id) is None:
+                yield Artifact("disk", "root", instance_id)

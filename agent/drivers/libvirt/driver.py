@@ -19,7 +19,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, errors, xml
+from agent.drivers.libvirt import adoption, binding, domains, errors, xml
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -30,8 +30,9 @@ from agent.drivers.libvirt.verbs_memory import LibvirtMemory
 from agent.drivers.libvirt.verbs_rebuild import LibvirtRebuild
 from agent.drivers.libvirt.verbs_resize import LibvirtResize
 from agent.drivers.libvirt.verbs_snapshot import LibvirtSnapshot
+from agent.drivers.verbs.host import check_adopted_spec
 from agent.errors import FailedPrecondition, Unsupported
-from agent.messages.life import ORDINARY, Life
+from agent.messages.life import ORDINARY, Adoption, Life
 from agent.messages.spec import InstanceSpec
 
 # Each set is tried until libvirt knows all its flags: a domain with one of these leftovers is not undefined
@@ -115,6 +116,9 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         files = self._storage.files(instance_id)
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
+            if life.adopted is not None:
+                self._redefine_adopted(domains.find_owned(connection, instance_id), spec, generation, life)
+                return
             facts = self._hypervisor.facts(connection, instance_id)
             document = xml.build(
                 instance_id, spec, generation=generation, life=life, host=self._host, facts=facts, files=files
@@ -127,6 +131,13 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                     domains.check_free(connection, instance_id, spec.name)
                 raise
 
+    def _redefine_adopted(self, domain: Any, spec: InstanceSpec, generation: int, life: Life) -> None:
+        """Only our element changes: the rest came from somebody else and cannot be built from a spec."""
+        known = domains.describe(domain, managed_save=False).spec
+        if known is not None:
+            check_adopted_spec(domain.name(), known, spec)
+        adoption.write(domain, spec, generation=generation, host=self._host, life=life)
+
     def undefine(self, instance_id: str) -> None:
         with self._link.call() as connection:
             try:
@@ -135,7 +146,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                     raise FailedPrecondition(
                         "the domain runs; destroy it before its definition is removed", code="instance_running"
                     )
-                _undefine(domain)
+                _undefine(domain, keep=domains.describe(domain, managed_save=False).life.adopted)
             except libvirt.libvirtError as exc:
                 if not errors.is_code(exc, "VIR_ERR_NO_DOMAIN"):
                     raise
@@ -224,8 +235,11 @@ def _require_active(domain: Any) -> None:
         raise FailedPrecondition("the instance does not run; start it first", code="instance_not_running")
 
 
-def _undefine(domain: Any) -> None:
-    for attempt, names in enumerate(_UNDEFINE_FLAGS, start=1):
+def _undefine(domain: Any, *, keep: Adoption | None) -> None:
+    # An adopted guest's NVRAM and TPM are of no use without its disks, and go or stay with them.
+    kept = keep is not None and not keep.own_disks
+    for attempt, flags in enumerate(_UNDEFINE_FLAGS, start=1):
+        names = tuple(f"KEEP_{name}" if kept and name in ("NVRAM", "TPM") else name for name in flags)
         numbers = (binding.constant(f"VIR_DOMAIN_UNDEFINE_{name}") for name in names)
         try:
             domain.undefineFlags(sum(number for number in numbers if number is not None))

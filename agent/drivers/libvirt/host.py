@@ -24,7 +24,7 @@ from agent.errors import FailedPrecondition
 _log = structlog.get_logger(__name__)
 
 # The simulation has no console, and reboots without an event that could prove it.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"}
+_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot", "instance.adopt"}
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

@@ -26,7 +26,7 @@ from agent.errors import FailedPrecondition
 from agent.messages.types import UUID_PATTERN
 
 MANIFEST: Final = "manifest.json"
-SECRET_PREFIX: Final = "compute-agent/"
+SECRET_PREFIX: Final = "compute-agent/"  # noqa: S105 - a name
 UNFINISHED: Final = (".part", ".tmp")
 _UUID: Final = re.compile(UUID_PATTERN)
 _FRESH_S: Final = 3600.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import ClassVar, Literal
 
-from agent.errors import Unsupported
+from agent.errors import FailedPrecondition, Unsupported
 from agent.messages.life import Adoption, Life
 from agent.messages.spec import InstanceSpec
 
@@ -57,6 +57,19 @@ class ForeignPlan:
     adoption: Adoption
 
 
+def check_adopted_spec(name: str, known: InstanceSpec, wanted: InstanceSpec) -> None:
+    """An adopted domain's definition is not rebuilt: only what is not part of it may change.
+
+    Raises `FailedPrecondition` (code `instance_adopted`).
+    """
+    free = {"labels", "policy"}
+    if known.model_dump(exclude=free) != wanted.model_dump(exclude=free):
+        raise FailedPrecondition(
+            f"{name} was adopted, and its definition is kept as it came: this change would rewrite it",
+            code="instance_adopted",
+        )
+
+
 class HostVerbs:
     """What a driver may lack of the host family."""
 
@@ -77,7 +90,7 @@ class HostVerbs:
         """
         raise Unsupported(f"driver {self.name} removes no {artifact.kind}")
 
-    def foreign_plan(self, instance_id: str, *, own_disks: bool) -> ForeignPlan:  # noqa: ARG002 - for those who can
+    def foreign_plan(self, instance_id: str, own_disks: bool) -> ForeignPlan:  # noqa: ARG002 - for those who can
         """Read a foreign domain as a spec, as far as the spec can say it. Changes nothing.
 
         Raises `FailedPrecondition` (`not_adoptable`, `owned_domain`), `NotFound`.
