@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from agent.drivers.verbs.host import Artifact, Holding
 from agent.errors import FailedPrecondition
 from agent.messages.types import UUID_PATTERN
 
-MANIFEST: Final = "manifest.json"
+MANIFEST: Final = "volumes.json"
 SECRET_PREFIX: Final = "compute-agent/"  # noqa: S105 - a name
 UNFINISHED: Final = (".part", ".tmp")
 _UUID: Final = re.compile(UUID_PATTERN)
@@ -34,9 +33,10 @@ _FRESH_S: Final = 3600.0
 
 
 def folder_proof(folder: Path) -> str | None:
-    """By what a folder is an instance's that we made: its name, and a manifest in it that names the same instance.
+    """By what a folder is an instance's that we made: its name, and the list of volumes that we keep in it.
 
-    The manifest must be a plain file, so that a link cannot lend one folder another's proof.
+    The list must be a plain file, and what it lists must carry the same instance's id in its path: neither a link nor
+    a copy can lend one folder another's proof, and so another's disks.
     """
     if not _UUID.fullmatch(folder.name):
         return None
@@ -48,8 +48,17 @@ def folder_proof(folder: Path) -> str | None:
             content = json.loads(handle.read(1024 * 1024))
     except (OSError, ValueError):
         return None
-    named = isinstance(content, dict) and content.get("instance_id") == folder.name
-    return "manifest" if named else None
+    return "manifest" if _lists_only(content, folder.name) else None
+
+
+def _lists_only(content: Any, instance_id: str) -> bool:
+    if not isinstance(content, dict) or content.get("version") != 1:
+        return False
+    volumes = content.get("volumes")
+    if not isinstance(volumes, list) or not all(isinstance(entry, dict) for entry in volumes):
+        return False
+    # An image is only referred to.
+    return all(instance_id in str(entry.get("path")) for entry in volumes if entry.get("kind") != "image")
 
 
 def folders(root: Path, known: Mapping[str, Holding]) -> Iterator[Artifact]:
@@ -152,21 +161,21 @@ def missing(storage: Storage, holdings: Mapping[str, Holding], present: set[str]
                 yield Artifact("disk", str(backend.locate(volume).path), instance_id, detail=name)
 
 
-def remove(connection: Any, root: Path, artifact: Artifact) -> bool:
+def remove(connection: Any, storage: Storage, artifact: Artifact) -> bool:
     """Remove one artifact whose proof still holds. False if it is gone."""
     match artifact.kind:
         case "folder":
-            return _remove_folder(connection, root, Path(artifact.name))
+            return _remove_folder(connection, storage, Path(artifact.name))
         case "file":
-            return _remove_file(root, Path(artifact.name))
+            return _remove_file(storage.root, Path(artifact.name))
         case "secret":
             return _remove_secret(connection, artifact)
         case _:
             raise FailedPrecondition(f"a {artifact.kind} is not removed by an audit", code="not_removable")
 
 
-def _remove_folder(connection: Any, root: Path, folder: Path) -> bool:
-    if folder.parent != root or not os.path.lexists(folder):
+def _remove_folder(connection: Any, storage: Storage, folder: Path) -> bool:
+    if folder.parent != storage.root or not os.path.lexists(folder):
         return False
     if folder_proof(folder) is None:
         raise FailedPrecondition(f"{folder} is no proven leftover any more", code="not_removable")
@@ -175,17 +184,7 @@ def _remove_folder(connection: Any, root: Path, folder: Path) -> bool:
     user = _user_of(connection, folder)
     if user is not None:
         raise FailedPrecondition(f"{folder} is used by domain {user}", code="not_removable")
-    with os_errors("removing a leftover folder"):
-        # The manifest goes last, so that what a kill leaves is still proven to be ours.
-        for path in folder.iterdir():
-            if path.name == MANIFEST:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        (folder / MANIFEST).unlink(missing_ok=True)
-        folder.rmdir()
+    storage.delete(folder.name)
     return True
 
 

@@ -27,7 +27,7 @@ class LibvirtHost(Parts):
 
     def remove_artifact(self, artifact: Artifact) -> bool:
         with self._link.call() as connection:
-            return ledger.remove(connection, self._storage.root, artifact)
+            return ledger.remove(connection, self._storage, artifact)
 
     def foreign_plan(self, instance_id: str, own_disks: bool) -> ForeignPlan:
         self._must_adopt()

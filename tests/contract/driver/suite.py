@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from contract_connection import ConnectionContract
 from contract_definition import DefinitionContract
+from contract_host import HostContract
 from contract_life import LifeContract
 from contract_reading import ReadingContract
 from contract_storage import StorageContract
 
 
-class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract):
+class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract, HostContract):
     """All of it."""
