@@ -40,9 +40,10 @@ class _Drain:
     def waited_s(self) -> float:
         return (now() - self._began_at).total_seconds()
 
-    async def stop(self, ids: list[str]) -> None:
+    async def stop(self, ids: list[str], *, again: bool = False) -> None:
         """Have the guests stopped, a few at a time, each by a command of its own: journaled, in its lane, once."""
-        names = {f"drain/{self._op.id[:60]}/{instance_id}": instance_id for instance_id in ids}
+        what = "drain-again" if again else "drain"
+        names = {f"{what}/{self._op.id[-60:]}/{instance_id}": instance_id for instance_id in ids}
         waiting = dict(names)
         begun: set[str] = set()
         while waiting or begun:
@@ -85,6 +86,10 @@ class _Drain:
             pause.cancel()
 
 
+def _running(ctx: Context) -> list[str]:
+    return [record.id for record in ctx.instances.all() if record.observed in ACTIVE]
+
+
 def _active(ctx: Context, instance_id: str) -> bool:
     record = ctx.instances.find(instance_id)
     return record is not None and record.observed in ACTIVE
@@ -98,19 +103,28 @@ def routes(runner: Callable[[], Runner]) -> tuple[Route, ...]:
 
         async def begin() -> Json:
             disable(op, f"draining: {reason}")
-            wanted = [r.id for r in op.ctx.instances.all() if r.observed in ACTIVE] if data.stop_instances else []
-            return {"began_at": now().isoformat(), "stop": wanted}
+            return {"began_at": now().isoformat(), "stop": _running(op.ctx) if data.stop_instances else []}
+
+        async def look_again() -> Json:
+            return {"stop": _running(op.ctx)}  # made or started by commands that came before the drain
 
         begun = await op.step("disable", begin)
         assert begun is not None  # noqa: S101 - this step always has an output
         work = _Drain(op, data, runner(), datetime.fromisoformat(begun["began_at"]))
         await op.step("stop-guests", lambda: _nothing(work.stop(begun["stop"])), harmless=True)
         await op.step("settle", lambda: _nothing(work.settle()), harmless=True)
+        stopped = list(begun["stop"])
+        if data.stop_instances:
+            late = await op.step("look-again", look_again, harmless=True)
+            assert late is not None  # noqa: S101 - as above
+            await op.step("stop-late-guests", lambda: _nothing(work.stop(late["stop"], again=True)), harmless=True)
+            await op.step("settle-again", lambda: _nothing(work.settle()), harmless=True)
+            stopped += [one for one in late["stop"] if one not in stopped]
         if not op.ctx.state.enabled:
             disable(op, f"drained: {reason}")
         return HostDrainResult(
-            stopped=[one for one in begun["stop"] if not _active(op.ctx, one)],
-            running=[record.id for record in op.ctx.instances.all() if record.observed in ACTIVE],
+            stopped=[one for one in stopped if not _active(op.ctx, one)],
+            running=_running(op.ctx),
             waited_s=round(work.waited_s, 1),
         )
 
