@@ -15,7 +15,7 @@ from agent.drivers.libvirt.volumes import Location
 class HostFacts:
     """What a domain's definition depends on beside its spec."""
 
-    domain_type: Literal["kvm", "qemu", "test"]
+    domain_type: Literal["kvm", "qemu", "test", "lxc"]
     architecture: str
     machine: str | None
     cpu_mode: str

@@ -74,7 +74,7 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
     root = _inactive(domain)
     state, reason = domain.state()
     if managed_save is None:
-        managed_save = state == libvirt.VIR_DOMAIN_SHUTOFF and bool(domain.hasManagedSaveImage())
+        managed_save = state == libvirt.VIR_DOMAIN_SHUTOFF and is_saved(domain)
     power, word = states.of_state(state, reason, managed_save=managed_save)
     ours = metadata.read(root)
     return DomainInfo(
@@ -90,6 +90,16 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
         generation=ours.generation if ours else None,
         life=ours.life if ours else ORDINARY,
     )
+
+
+def is_saved(domain: Any) -> bool:
+    """Whether there is a saved state that a start would restore; hypervisors that save nothing have none."""
+    try:
+        return bool(domain.hasManagedSaveImage())
+    except libvirt.libvirtError as exc:
+        if errors.is_code(exc, "VIR_ERR_NO_SUPPORT"):
+            return False
+        raise
 
 
 def describe_all(connection: Any) -> list[DomainInfo]:

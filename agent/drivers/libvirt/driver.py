@@ -19,7 +19,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import adoption, binding, domains, errors, xml
+from agent.drivers.libvirt import adoption, binding, domains, errors, xml, xml_container
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -41,6 +41,7 @@ _UNDEFINE_FLAGS: Final = (
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA", "CHECKPOINTS_METADATA", "NVRAM", "TPM"),
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA", "CHECKPOINTS_METADATA", "NVRAM"),
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA"),
+    (),
 )
 
 
@@ -58,6 +59,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         self._settings = parse_settings(context.settings)
         self._host = context.host
         self._storage = Storage(self._settings, context.state_dir)
+        if self._settings.containers:
+            xml_container.check_folder(self._storage.root)
         self._link = Link(self._settings, context.emit)
         self._hypervisor = Hypervisor(self._settings, self._link, self._storage)
 
@@ -98,6 +101,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor has no console")
+        if self._settings.containers:
+            raise Unsupported("libvirt keeps no log of a container's console")
         with self._link.call() as connection:
             domains.find(connection, instance_id)
         return self._storage.console_tail(instance_id, max_bytes)
@@ -107,6 +112,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     def create_storage(
         self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
     ) -> None:
+        if self._settings.containers:
+            xml_container.check(spec)
         self._storage.create(instance_id, spec, image, call)
 
     def delete_storage(self, instance_id: str) -> None:
@@ -170,7 +177,11 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             if not domain.isActive():
                 return
             try:
-                domain.shutdown()
+                if self._settings.containers:
+                    # By default libvirt looks for the pipe of an old init, and says that it asked where none read it.
+                    domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_SIGNAL)
+                else:
+                    domain.shutdown()
             except libvirt.libvirtError as exc:
                 if errors.is_lost(exc) or domain.isActive():
                     raise
@@ -185,12 +196,14 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                 except libvirt.libvirtError as exc:
                     if errors.is_lost(exc) or domain.isActive():
                         raise
-            if domain.hasManagedSaveImage():
+            if domains.is_saved(domain):
                 domain.managedSaveRemove()
 
     def reboot(self, instance_id: str) -> None:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor does not prove reboots")
+        if self._settings.containers:
+            raise Unsupported("libvirt tells nothing of a container's reboots")
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
             _require_active(domain)

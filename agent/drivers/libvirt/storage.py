@@ -34,7 +34,9 @@ class Storage:
     def __init__(self, settings: LibvirtSettings, state_dir: Path) -> None:
         self._settings = settings
         self.root = settings.instances_dir or state_dir / "instances"
-        self._backend: Backend = FileBackend(settings, self.root, "raw" if settings.simulated else "qcow2")
+        self._backend: Backend = FileBackend(
+            settings, self.root, "raw" if settings.simulated or settings.containers else "qcow2"
+        )
 
     def backend(self, spec: InstanceSpec, disk_name: str) -> Backend:  # noqa: ARG002 - all disks are files so far
         """Return what keeps this disk of the spec."""
@@ -69,7 +71,7 @@ class Storage:
             if iso is not None and not files.seed.exists():
                 _check_cancelled(call)
                 write_durably(files.seed, iso)
-            if not self._settings.simulated:
+            if not self._settings.simulated and not self._settings.containers:
                 # Made here so that the log is the agent's; virtlogd would make one that only root can read.
                 files.console_log.touch(mode=0o640)
         call.progress(100.0)

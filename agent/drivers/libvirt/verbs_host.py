@@ -61,3 +61,5 @@ class LibvirtHost(Parts):
     def _must_adopt(self) -> None:
         if self._settings.simulated:
             raise Unsupported("the domains of libvirt's simulated hypervisor have no disks that could be adopted")
+        if self._settings.containers:
+            raise Unsupported("containers cannot be adopted: their roots are no disks")
