@@ -11,6 +11,7 @@ import click
 import structlog
 
 from agent import __version__
+from agent.controller.commands_adopt import instance_adopt
 from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_instance import instance
@@ -58,6 +59,7 @@ def cli(
     session.timeout_s = timeout_s
 
 
+instance.add_command(instance_adopt)
 for command in (instance, host, operation, events):
     cli.add_command(command)
 

@@ -528,7 +528,7 @@ def _names(record: OperationRecord, command: Command[Any]) -> dict[str, str]:
 def _overdue() -> ComputeError:
     return DeadlineExceeded(
         "the operation ran longer than this host allows for its kind of work (deadlines.operation_*_s), and was ended",
-        code=OVERDUE,
+        code="operation_overdue",
     )
 
 
