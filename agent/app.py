@@ -133,7 +133,10 @@ class Agent:
             )
         )
         self._runner = Runner(self.ctx, self._registry, self._lanes)
-        places = (Place(self.state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),)
+        places = (
+            Place(self.state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),
+            Place(self.state_dir / "exports", "staging"),
+        )
         self._leftovers = Leftovers(places, older_than_s=settings.audit.leftover_age_s)
         self._outbox = Outbox(self.bus, self._store, epoch=identity.epoch)
         journal.on_events(self._outbox.offer)

@@ -27,11 +27,13 @@ from agent.drivers.verbs.host import Artifact, Holding
 from agent.errors import ComputeError, FailedPrecondition
 from agent.messages.events import HostLeftover
 from agent.messages.verbs_host import AuditItem, HostAudit, HostAuditResult
-from agent.store.base import Change
+from agent.store.base import Change, OperationRecord
 
 log = structlog.get_logger("audit")
 
 MAX_ITEMS = 1000
+MAX_OPERATIONS = 20_000
+"""So far back an ended operation proves that a folder of its own is a leftover."""
 MAX_EVENTS = 100
 """New findings that one periodic audit tells one by one; the log has the count of all."""
 FOREVER = frozenset({"folder", "file", "secret", "partial-download", "staging"})
@@ -53,7 +55,7 @@ async def look(ctx: Context, runner: Runner, leftovers: Leftovers) -> Findings:
     with runner.watching() as busy:
         holdings = {record.id: Holding(record.spec, record.life) for record in ctx.instances.all()}
         ledger = await ctx.executor.call("long", ctx.driver.ledger, holdings, deadline_s=ctx.deadlines.long_s)
-        own = await asyncio.to_thread(leftovers.find)
+        own = await asyncio.to_thread(leftovers.find, await _operations(ctx))
     known = {record.id for record in ctx.instances.all()}
     found = Findings(busy=sorted(busy & (known | holdings.keys())))
     for artifact in (*ledger.present, *own):
@@ -67,6 +69,13 @@ async def look(ctx: Context, runner: Runner, leftovers: Leftovers) -> Findings:
         if artifact.instance_id in known and artifact.instance_id not in busy:
             found.items.append(_item("missing", artifact))
     return found
+
+
+async def _operations(ctx: Context) -> list[OperationRecord]:
+    """All that the journal knows: the newest, and every unfinished one."""
+    store = ctx.journal.store
+    newest = await ctx.journal.read(lambda: store.operations(limit=MAX_OPERATIONS))
+    return [*newest, *await ctx.journal.read(lambda: store.operations(unfinished=True, limit=MAX_OPERATIONS))]
 
 
 def _item(finding: str, artifact: Artifact) -> AuditItem:
@@ -140,7 +149,7 @@ async def _remove(op: Operation, item: AuditItem, runner: Runner, leftovers: Lef
     artifact = Artifact(item.kind, item.name, item.instance_id, proof=item.proof)  # type: ignore[arg-type]
     try:
         if item.instance_id is None and item.kind in ("partial-download", "staging"):
-            gone = await asyncio.to_thread(leftovers.remove, artifact)
+            gone = await asyncio.to_thread(leftovers.remove, artifact, await _operations(op.ctx))
         else:
             gone = await _remove_held(op, artifact, runner)
     except FailedPrecondition as exc:

@@ -8,6 +8,7 @@ import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 from support.fleet import World, spec
@@ -52,8 +53,6 @@ def secret(libvirtd: PrivateLibvirtd, folder: Path, usage: str) -> str:
 
 
 async def test_audit_of_lives_and_of_planted_leftovers(world: World, libvirtd: PrivateLibvirtd, tmp_path: Path) -> None:
-    from xml.etree import ElementTree as ET
-
     agent = await (await world.libvirt_agent(libvirtd)).start()
     host = agent.host
     guest = await world.create(host)
@@ -170,8 +169,6 @@ def bootable_mib(image: GuestImage) -> int:
 
 
 def without_metadata(document: str) -> str:
-    from xml.etree import ElementTree as ET
-
     root = ET.fromstring(document)
     for metadata in root.findall("metadata"):
         root.remove(metadata)

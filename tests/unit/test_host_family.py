@@ -12,8 +12,13 @@ from typing import Any
 import pytest
 from support.world import World, new_id, spec, until
 
+from agent.core.adopted import ADOPTED_VERBS, check_adopted
+from agent.core.leftovers import claim_of
 from agent.drivers.fake.settings import Fault
+from agent.errors import FailedPrecondition
+from agent.handlers.audit import PeriodicAudit
 from agent.messages.commands import (
+    COMMANDS,
     HostSetEnabled,
     HostShow,
     InstanceCreate,
@@ -26,6 +31,7 @@ from agent.messages.commands import (
 )
 from agent.messages.spec_policy import Policy
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
+from agent.periodic import Chores
 
 RECORD = '{"size_mib": 64, "image_sha256": null}'
 
@@ -121,7 +127,7 @@ async def test_a_busy_instance_is_left_out(world: World) -> None:
     world.driver.inject(Fault(call="define", hang_s=30, times=1))
     instance_id = new_id()
     create = world.send(InstanceCreate(spec=spec("busy")), instance_id=instance_id)
-    await until(lambda: (instances_dir(world) / instance_id).exists())
+    await until((instances_dir(world) / instance_id).exists)
     result = await audit(world, repair=True)
     assert (result["items"], result["busy"]) == ([], [instance_id])
     world.driver.clear_faults()
@@ -144,9 +150,71 @@ async def test_a_create_that_comes_while_its_leftover_is_removed_waits(world: Wo
     assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
 
 
-async def test_the_periodic_audit_tells_each_finding_once_and_repairs_where_it_may(world: World) -> None:
-    from agent.handlers.audit import PeriodicAudit
+async def test_staging_is_removed_when_its_operation_has_ended(world: World) -> None:
+    ended = world.send(HostSetEnabled(enabled=True))
+    await world.final(ended)
+    open_one = await world.create("stuck", labels={"fake.guest-shutdown-s": "never"})
+    under_way = world.send(InstanceStop(timeout_s=600), instance_id=open_one)
+    await until(lambda: world.agent._runner.find(under_way))
+    exports = world.folder / "state" / "exports"
+    names = {"ended": claim_of(ended), "open": claim_of(under_way), "unknown": "0" * 16, "notes": "notes"}
+    for name in names.values():
+        (exports / name / "deep").mkdir(parents=True)
+    result = await audit(world, repair=True)
+    assert told(result) == {
+        ("unowned", "staging", str(exports / names["ended"])),
+        ("unproven", "staging", str(exports / names["unknown"])),
+        ("unproven", "staging", str(exports / names["notes"])),
+    }
+    assert sorted(path.name for path in exports.iterdir()) == sorted([names["open"], names["unknown"], "notes"])
+    await world.ask(world.driver.simulate_guest_shutdown, open_one)
 
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_a_repair_dies_at_every_commit(world: World, applied: bool) -> None:
+    for commits in range(12):
+        folders = [await world.ask(lambda: plant(world, new_id(), proven=True)) for _ in range(2)]
+        world.cut.after(commits, applied=applied)
+        operation = world.send(HostAudit(repair=True))
+        await until(lambda op=operation: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        done = await world.final(operation)
+        assert done.data["result"]["removed"] == 2
+        assert not any(folder.exists() for folder in folders)
+        await world.quiet()
+        assert len(world.finals(operation)) == 1
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_a_drain_dies_at_every_commit(world: World, applied: bool) -> None:
+    for commits in range(30):
+        guest = await world.create(f"guest-{commits}")
+        await world.quiet()
+        world.cut.after(commits, applied=applied)
+        operation = world.send(HostDrain(stop_instances=True, stop_timeout_s=0.01))
+        await until(lambda op=operation: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        done = await world.final(operation)
+        assert done.kind == "operation.succeeded", done.data
+        await world.quiet()
+        assert len(world.finals(operation)) == 1
+        assert await world.power(guest) == "stopped"
+        assert world.agent.ctx.state.disabled_reason == "drained: drained for maintenance"
+        await world.do(HostSetEnabled(enabled=True))
+        await world.do(InstanceDelete(), instance_id=guest)
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+async def test_the_periodic_audit_tells_each_finding_once_and_repairs_where_it_may(world: World) -> None:
     folder = await world.ask(lambda: plant(world, new_id(), proven=True))
     agent = world.agent
     chore = PeriodicAudit(agent.ctx, agent._runner, agent._leftovers, repair=False)
@@ -211,12 +279,12 @@ async def test_drain_stops_the_guests_a_few_at_a_time(world: World) -> None:
 async def test_drain_survives_restarts(world: World) -> None:
     stuck = await world.create("stuck", labels={"fake.guest-shutdown-s": "never"})
     drain = world.send(HostDrain(stop_instances=True, stop_timeout_s=600))
-    await until(lambda: world.agent._runner.acting())
+    await until(world.agent._runner.acting)
     for _ in range(2):
         await world.crash()
         await world.start()
         assert not world.agent.ctx.state.enabled
-    await until(lambda: world.agent._runner.acting())
+    await until(world.agent._runner.acting)
     assert not world.finals(drain)
     await world.ask(world.driver.simulate_guest_shutdown, stuck)
     done = await world.final(drain)
@@ -296,10 +364,6 @@ async def test_what_adoption_refuses(world: World) -> None:
 
 
 async def test_an_adopted_instance_refuses_by_name_what_would_redefine_it(world: World) -> None:
-    from agent.core.adopted import ADOPTED_VERBS, check_adopted
-    from agent.errors import FailedPrecondition
-    from agent.messages.commands import COMMANDS
-
     domain = await foreign(world)
     await world.do(InstanceAdopt(), instance_id=domain)
     record = world.agent.ctx.instances.get(domain)
@@ -351,8 +415,6 @@ async def test_a_failed_adoption_leaves_the_domain_foreign(world: World) -> None
 
 
 async def overdue(world: World) -> None:
-    from agent.periodic import Chores
-
     agent = world.agent
     limits = {"build": 0.01, "power": 0.01}
     await Chores(agent.ctx, agent._runner, agent._outbox, agent._lanes, keep_operations_s=1, operations_s=limits).overdue()
@@ -379,7 +441,7 @@ async def test_overdue_past_the_point_of_no_return_is_a_condition(world: World) 
     world.driver.inject(Fault(call="destroy", hang_s=30, times=1))
     delete = world.send(InstanceDelete(), instance_id=guest)
     start = world.send(InstanceStart(), instance_id=guest)
-    await until(lambda: world.agent._runner.find(delete) and not world.agent._runner.find(delete).operation is None)
+    await until(lambda: world.agent._runner.find(delete) and world.agent._runner.find(delete).operation is not None)
     await asyncio.sleep(0.02)
     await overdue(world)
     shown = await beat(world)
@@ -407,3 +469,25 @@ async def test_an_overdue_operation_that_is_killed_while_it_is_undone_keeps_its_
     assert (failed.data["error"]["code"], failed.data["error"]["retryable"]) == ("operation_overdue", True)
     await world.quiet()
     assert world.owned_files() == []
+
+
+async def test_a_restart_in_the_middle_of_an_undo_does_not_take_the_hope_of_a_retry(world: World) -> None:
+    for commits in range(12):
+        instance_id = new_id()
+        world.driver.inject(Fault(call="define", error="resource_exhausted", times=1))
+        world.cut.after(commits, applied=True)
+        create = world.send(InstanceCreate(spec=spec("vm")), instance_id=instance_id)
+        await until(lambda op=create: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        undoing = [record for record in [await world._memory.operation(create)] if record and record.state == "undoing"]
+        await world.start()
+        final = await world.final(create)
+        if undoing:
+            assert (final.data["error"]["code"], final.data["error"]["retryable"]) == ("resource_exhausted", True)
+            return
+        assert died
+        await world.quiet()
+        if final.kind == "operation.succeeded":
+            await world.do(InstanceDelete(), instance_id=instance_id)
+    raise AssertionError("no crash came in the middle of the undo")

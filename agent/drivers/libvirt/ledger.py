@@ -115,7 +115,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def secrets(connection: Any) -> Iterator[Artifact]:
-    """Secrets of libvirt that carry our usage id, `compute-agent/<instance>…`; others are not ours to list."""
+    """Secrets of libvirt that carry our usage id, `compute-agent/<instance>/<volume>`; others are not ours to list."""
     try:
         found = connection.listAllSecrets()
     except libvirt.libvirtError as exc:
@@ -135,11 +135,10 @@ def secrets(connection: Any) -> Iterator[Artifact]:
 
 
 def secret_owner(usage: str) -> str | None:
-    """The instance that a usage id names; None if it is none of ours."""
-    if not usage.startswith(SECRET_PREFIX):
-        return None
-    owner = usage.removeprefix(SECRET_PREFIX).split("/", 1)[0]
-    return owner if _UUID.fullmatch(owner) else None
+    """The instance that a usage id names; None if it has not the form `compute-agent/<instance>/<volume>`."""
+    prefix, _, rest = usage.partition("/")
+    owner, _, volume = rest.partition("/")
+    return owner if f"{prefix}/" == SECRET_PREFIX and volume and _UUID.fullmatch(owner) else None
 
 
 def missing(storage: Storage, holdings: Mapping[str, Holding], present: set[str]) -> Iterator[Artifact]:
