@@ -133,11 +133,7 @@ class Agent:
             )
         )
         self._runner = Runner(self.ctx, self._registry, self._lanes)
-        places = (
-            Place(self.state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),
-            Place(self.state_dir / "exports", "staging"),
-        )
-        self._leftovers = Leftovers(places, older_than_s=settings.audit.leftover_age_s)
+        self._leftovers = Leftovers(_places(settings, self.state_dir), older_than_s=settings.audit.leftover_age_s)
         self._outbox = Outbox(self.bus, self._store, epoch=identity.epoch)
         journal.on_events(self._outbox.offer)
         await self._outbox.start(journal.last_sequence)
@@ -381,6 +377,17 @@ class Agent:
                 await work
         except (TimeoutError, ComputeError) as exc:
             log.warning("agent.stop_incomplete", part=what, error=str(exc) or "time limit")
+
+
+def _places(settings: Settings, state_dir: Path) -> list[Place]:
+    """Where the agent leaves things that an audit knows by name."""
+    dumps, kept_s = state_dir / "dumps", settings.audit.memory_dump_age_s
+    places = [
+        Place(state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),
+        Place(state_dir / "exports", "staging"),
+        Place(dumps, "memory-dump", ("*.part",)),
+    ]
+    return places if kept_s is None else [*places, Place(dumps, "memory-dump", ("*",), older_than_s=kept_s)]
 
 
 def _make_directory(path: Path) -> None:

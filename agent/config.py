@@ -148,6 +148,9 @@ class AuditSection(Section):
     leftover_age_s: Seconds = Field(
         default=86_400.0, description="Unfinished downloads and exports older than this are leftovers."
     )
+    memory_dump_age_s: Seconds | None = Field(
+        default=None, description="Memory dumps older than this are leftovers; not set: they are kept for ever."
+    )
 
 
 class HealthSection(Section):

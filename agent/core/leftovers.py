@@ -34,12 +34,13 @@ def claim_of(operation_id: str) -> str:
 class Place:
     """One folder of ours, with the names that we make in it: unfinished files by `patterns`, or folders of operations.
 
-    `patterns` empty: folders, each named by `claim_of` its operation.
+    `patterns` empty: folders, each named by `claim_of` its operation. `older_than_s`: instead of the usual age.
     """
 
     folder: Path
     kind: ArtifactKind
     patterns: tuple[str, ...] = ()
+    older_than_s: float | None = None
 
 
 class Leftovers:
@@ -55,7 +56,7 @@ class Leftovers:
         found: list[Artifact] = []
         for place in self._places:
             found += self._files(place) if place.patterns else _folders(place, ended)
-        return found
+        return list({artifact.name: artifact for artifact in found}.values())
 
     def remove(self, artifact: Artifact, operations: Iterable[OperationRecord]) -> bool:
         """Remove one. False if it is gone. Raises `FailedPrecondition` (`not_removable`) if it is no leftover."""
@@ -77,9 +78,10 @@ class Leftovers:
         return True
 
     def _files(self, place: Place) -> Iterator[Artifact]:
+        limit_s = self._older_than_s if place.older_than_s is None else place.older_than_s
         for path in sorted({path for pattern in place.patterns for path in _glob(place.folder, pattern)}):
             facts = _facts(path)
-            old = facts is not None and datetime.now(UTC).timestamp() - facts.st_mtime > self._older_than_s
+            old = facts is not None and datetime.now(UTC).timestamp() - facts.st_mtime > limit_s
             if facts is not None and old and stat.S_ISREG(facts.st_mode):
                 yield _artifact(place, path, facts, "name-and-age", facts.st_blocks * 512)
 

@@ -36,7 +36,9 @@ MAX_OPERATIONS = 20_000
 """So far back an ended operation proves that a folder of its own is a leftover."""
 MAX_EVENTS = 100
 """New findings that one periodic audit tells one by one; the log has the count of all."""
-FOREVER = frozenset({"folder", "file", "secret", "partial-download", "staging"})
+OF_THE_AGENT = frozenset({"partial-download", "staging", "memory-dump"})
+"""Kinds that the agent makes itself, beside the driver."""
+REMOVABLE = OF_THE_AGENT | {"folder", "file", "secret"}
 """Kinds that a repair removes. A domain of ours without an instance is taken in instead: it holds data."""
 
 
@@ -144,11 +146,11 @@ async def _remove(op: Operation, item: AuditItem, runner: Runner, leftovers: Lef
         await reconcile(op.ctx, runner, resync=False)
         taken = item.instance_id is not None and op.ctx.instances.find(item.instance_id) is not None
         return {"action": "taken-in" if taken else "kept"}
-    if item.kind not in FOREVER:
+    if item.kind not in REMOVABLE:
         return {"action": "kept", "detail": f"a {item.kind} is not removed by an audit"}
     artifact = Artifact(item.kind, item.name, item.instance_id, proof=item.proof)  # type: ignore[arg-type]
     try:
-        if item.instance_id is None and item.kind in ("partial-download", "staging"):
+        if item.kind in OF_THE_AGENT:
             gone = await asyncio.to_thread(leftovers.remove, artifact, await _operations(op.ctx))
         else:
             gone = await _remove_held(op, artifact, runner)

@@ -150,6 +150,20 @@ async def test_a_create_that_comes_while_its_leftover_is_removed_waits(world: Wo
     assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
 
 
+async def test_memory_dumps_are_leftovers_only_where_an_age_is_set(world: World) -> None:
+    dumps = world.folder / "state" / "dumps"
+    dumps.mkdir()
+    for name in ("old", "old.part", "new.part"):
+        (dumps / name).write_text("x")
+        os.utime(dumps / name, (time.time() - (3600 if "old" in name else 0),) * 2)
+    assert told(await audit(world)) == {("unowned", "memory-dump", str(dumps / "old.part"))}
+    await world.stop()
+    world.settings.audit.__dict__["memory_dump_age_s"] = 1800.0
+    await world.start()
+    assert (await audit(world, repair=True))["removed"] == 2
+    assert [path.name for path in dumps.iterdir()] == ["new.part"]
+
+
 async def test_staging_is_removed_when_its_operation_has_ended(world: World) -> None:
     ended = world.send(HostSetEnabled(enabled=True))
     await world.final(ended)

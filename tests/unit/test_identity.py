@@ -96,8 +96,8 @@ def test_the_folder_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pyt
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        flushed.append("folder" if os.path.isdir(path) and (Path(path) / FILE_NAME).exists() else "file")
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        flushed.append("folder" if (path / FILE_NAME).exists() else "file")
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)

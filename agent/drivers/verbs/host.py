@@ -11,7 +11,7 @@ from agent.errors import FailedPrecondition, Unsupported
 from agent.messages.life import Adoption, Life
 from agent.messages.spec import InstanceSpec
 
-ArtifactKind = Literal["folder", "file", "domain", "secret", "disk", "partial-download", "staging"]
+ArtifactKind = Literal["folder", "file", "domain", "secret", "disk", "partial-download", "staging", "memory-dump"]
 
 
 @dataclass(frozen=True, slots=True)
