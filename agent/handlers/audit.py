@@ -61,6 +61,8 @@ async def look(ctx: Context, runner: Runner, leftovers: Leftovers) -> Findings:
     known = {record.id for record in ctx.instances.all()}
     found = Findings(busy=sorted(busy & (known | holdings.keys())))
     for artifact in (*ledger.present, *own):
+        if artifact.kind == "file" and artifact.name.rsplit("/", 2)[-2] in busy:
+            continue
         if artifact.proof is None:
             if artifact.kind == "folder" and artifact.name.rsplit("/", 1)[-1] in busy:
                 continue  # an operation is about to write the proof, or has just begun to remove the folder

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from agent.drivers.base import OPTIONAL_VERBS, CallContext, ConnectionChanged, DriverContext, DriverEvent, PowerChanged, Reported
+from agent.drivers.base import (
+    OPTIONAL_VERBS,
+    CallContext,
+    ConnectionChanged,
+    DriverContext,
+    DriverEvent,
+    PowerChanged,
+    Reported,
+)
 from agent.drivers.fake import FakeDriver, Fault
 from agent.errors import (
     AlreadyExists,

@@ -505,3 +505,13 @@ async def test_a_restart_in_the_middle_of_an_undo_does_not_take_the_hope_of_a_re
         if final.kind == "operation.succeeded":
             await world.do(InstanceDelete(), instance_id=instance_id)
     raise AssertionError("no crash came in the middle of the undo")
+
+
+async def test_what_was_made_and_not_started_is_no_longer_being_made(world: World) -> None:
+    made = await world.create("made", start=False)
+    assert world.agent.ctx.instances.get(made).reason == "created"
+    domain = await foreign(world)
+    await world.ask(world.driver.simulate_guest_shutdown, domain)
+    await world.quiet()
+    view = (await world.do(InstanceAdopt(), instance_id=domain)).data["result"]
+    assert (view["observed"], view["desired"], view["reason"]) == ("stopped", "stopped", "adopted")
