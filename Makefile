@@ -5,7 +5,7 @@ HOST ?= $(shell hostname)
 PYTHON = .venv/bin/python
 BENCH ?=
 
-.PHONY: help up down status test unit lint faults check bench asyncapi setup pins clean
+.PHONY: help up down status test unit lint faults check bench asyncapi matrix setup pins clean
 
 help:
 	@echo "make up      broker, hypervisor and agent; boot a guest and follow it"
@@ -47,6 +47,9 @@ bench: setup
 
 asyncapi: setup
 	.venv/bin/compute-agent asyncapi > docs/asyncapi.json
+
+matrix: setup
+	.venv/bin/compute-agent support-matrix > docs/support-matrix.md
 
 # Pins name packages and hashes only, never where they came from. Needs `uv` on PATH.
 pins:

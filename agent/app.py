@@ -24,6 +24,7 @@ from agent.core.dispatch import Dispatcher
 from agent.core.instances import Instances
 from agent.core.journal import Journal
 from agent.core.lanes import Lanes
+from agent.core.leftovers import Leftovers, Place
 from agent.core.outbox import Outbox
 from agent.core.registry import Registry
 from agent.core.runner import Runner
@@ -33,13 +34,14 @@ from agent.drivers.registry import load_driver
 from agent.errors import ComputeError, DeadlineExceeded, Unavailable
 from agent.events import HypervisorEvents
 from agent.exports.service import Exports
-from agent.handlers import host, operation
+from agent.handlers import audit, drain, host, operation
 from agent.handlers.due import issue_due
 from agent.handlers.images import Usage
 from agent.handlers.routes import ROUTES
 from agent.health import HealthServer, Watchdog
 from agent.identity import compute_id
 from agent.images.cache import ImageCache
+from agent.images.entry import PARTIAL_PREFIX
 from agent.messages.events import AgentLifecycle
 from agent.messages.routing import host_queue
 from agent.notify import notify, watchdog_interval_s
@@ -131,9 +133,12 @@ class Agent:
                 *ROUTES,
                 *host.routes(lambda: self._heartbeat.build()),  # noqa: PLW0108 - made after the routes
                 *operation.routes(lambda: self._runner),
+                *audit.routes(lambda: self._runner, lambda: self._leftovers),
+                *drain.routes(lambda: self._runner),
             )
         )
         self._runner = Runner(self.ctx, self._registry, self._lanes)
+        self._leftovers = Leftovers(_places(settings, self.state_dir), older_than_s=settings.audit.leftover_age_s)
         self._outbox = Outbox(self.bus, self._store, epoch=identity.epoch)
         journal.on_events(self._outbox.offer)
         await self._outbox.start(journal.last_sequence)
@@ -155,7 +160,17 @@ class Agent:
 
     def _start_chores(self) -> None:
         periodic = self.settings.periodic
-        chores = Chores(self.ctx, self._runner, self._outbox, self._lanes, keep_operations_s=periodic.keep_operations_s)
+        chores = Chores(
+            self.ctx,
+            self._runner,
+            self._outbox,
+            self._lanes,
+            keep_operations_s=periodic.keep_operations_s,
+            operations_s=self.settings.deadlines.operations_s,
+        )
+        auditor = audit.PeriodicAudit(self.ctx, self._runner, self._leftovers, repair=self.settings.audit.repair)
+        self._own("audit", every("audit", periodic.audit_s, auditor.run))
+        self._own("overdue", every("overdue", periodic.due_s, chores.overdue))
         self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
         self._own("due", every("due", periodic.due_s, lambda: issue_due(self.ctx, self._runner, now())))
         self._own("prune", every("prune", periodic.prune_s, chores.prune))
@@ -378,6 +393,17 @@ class Agent:
                 await work
         except (TimeoutError, ComputeError) as exc:
             log.warning("agent.stop_incomplete", part=what, error=str(exc) or "time limit")
+
+
+def _places(settings: Settings, state_dir: Path) -> list[Place]:
+    """Where the agent leaves things that an audit knows by name."""
+    dumps, kept_s = state_dir / "dumps", settings.audit.memory_dump_age_s
+    places = [
+        Place(state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),
+        Place(state_dir / "exports", "staging"),
+        Place(dumps, "memory-dump", ("*.part",)),
+    ]
+    return places if kept_s is None else [*places, Place(dumps, "memory-dump", ("*",), older_than_s=kept_s)]
 
 
 def _make_directory(path: Path) -> None:

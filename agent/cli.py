@@ -1,4 +1,4 @@
-"""`compute-agent`: run, demo, journal, asyncapi, config. The process: loop, signals, exit status."""
+"""`compute-agent`: run, demo, journal, asyncapi, support-matrix, config. The process: loop, signals, exit status."""
 
 from __future__ import annotations
 
@@ -63,6 +63,14 @@ def demo(instances: int) -> None:
 def asyncapi_command() -> None:
     """Print the wire contract as an AsyncAPI 3 document."""
     from agent.messages.asyncapi import render  # noqa: PLC0415
+
+    click.echo(render(), nl=False)
+
+
+@main.command("support-matrix")
+def support_matrix_command() -> None:
+    """Print which verb works on which hypervisor, as a page of the documentation."""
+    from agent.support_matrix import render  # noqa: PLC0415
 
     click.echo(render(), nl=False)
 

@@ -27,6 +27,7 @@ from agent.images.policy import ImagePolicy
 from agent.messages.types import HostName
 
 Seconds = Annotated[float, Field(gt=0, le=86_400 * 365)]
+Limit = Annotated[float, Field(ge=0, le=86_400 * 365)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -82,10 +83,28 @@ class DeadlinesSection(Section):
     long_s: Seconds = Field(default=3600.0, description="One piece of long work.")
     settle_s: Seconds = Field(default=30.0, description="Wait for a late call before undoing is put off.")
     reconnect_s: Seconds = Field(default=30.0, description="Wait for a lost hypervisor before a call is tried again.")
+    operation_query_s: Limit = Field(default=3600.0, description="A whole read; 0: no limit. Longer ones are ended.")
+    operation_power_s: Limit = Field(
+        default=172_800.0, description="A whole start, stop, delete … with its waiting for the guest; 0: no limit."
+    )
+    operation_build_s: Limit = Field(
+        default=172_800.0, description="A whole create, export … with its downloads; 0: no limit."
+    )
 
     def build(self) -> Deadlines:
         """As the core takes them."""
-        return Deadlines(**self.model_dump())
+        return Deadlines(
+            query_s=self.query_s,
+            mutate_s=self.mutate_s,
+            long_s=self.long_s,
+            settle_s=self.settle_s,
+            reconnect_s=self.reconnect_s,
+        )
+
+    @property
+    def operations_s(self) -> dict[str, float]:
+        """Class of work → limit of a whole operation; 0: none."""
+        return {"query": self.operation_query_s, "power": self.operation_power_s, "build": self.operation_build_s}
 
 
 class CapacitySection(Section):
@@ -121,6 +140,7 @@ class PeriodicSection(Section):
     heartbeat_s: Seconds = Field(default=10.0, description="Between heartbeats; changes are told at once.")
     reconcile_s: Seconds = Field(default=60.0, description="Between comparisons of journal and hypervisor.")
     due_s: Seconds = Field(default=5.0, description="Between looks for instances whose deadlines have passed.")
+    audit_s: Seconds = Field(default=3600.0, description="Between audits of what is on the host; see `[audit]`.")
     prune_s: Seconds = Field(default=3600.0, description="Between prunings of the journal.")
     images_s: Seconds = Field(default=600.0, description="Between looks for cached images that may go.")
     requests_s: Seconds = Field(default=5.0, description="Between looks for requests of the journal tool.")
@@ -132,6 +152,20 @@ class SnapshotsSection(Section):
 
     max_per_instance: Annotated[int, Field(ge=0, le=256)] = Field(
         default=16, description="Snapshots that one instance may have; they grow its disk files."
+    )
+
+
+class AuditSection(Section):
+    """What the periodic audit does about what it finds."""
+
+    repair: bool = Field(
+        default=False, description="Remove what is provably the agent's and of no instance; false: only report it."
+    )
+    leftover_age_s: Seconds = Field(
+        default=86_400.0, description="Unfinished downloads and exports older than this are leftovers."
+    )
+    memory_dump_age_s: Seconds | None = Field(
+        default=None, description="Memory dumps older than this are leftovers; not set: they are kept for ever."
     )
 
 
@@ -171,6 +205,7 @@ class Settings(BaseSettings):
     deadlines: DeadlinesSection = Field(default_factory=DeadlinesSection)
     capacity: CapacitySection = Field(default_factory=CapacitySection)
     periodic: PeriodicSection = Field(default_factory=PeriodicSection)
+    audit: AuditSection = Field(default_factory=AuditSection)
     health: HealthSection = Field(default_factory=HealthSection)
     log: LogSection = Field(default_factory=LogSection)
 

@@ -69,6 +69,12 @@ def _make(path: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        # Else a power cut could take the name away again, beside a journal that holds the id.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as exc:
         raise FailedPrecondition(f"cannot write {path}: {exc}", code="identity") from exc
     return made

@@ -35,3 +35,8 @@ BROKER_CONNECTED = Gauge(
     "compute_broker_connected", "1 while publishing and consuming are possible.", registry=REGISTRY
 )
 HYPERVISOR_CONNECTED = Gauge("compute_hypervisor_connected", "1 while the hypervisor can be asked.", registry=REGISTRY)
+LEFTOVERS = Gauge(
+    "compute_leftovers",
+    "Things on the host that are the agent's and of no instance, at the last audit.",
+    registry=REGISTRY,
+)

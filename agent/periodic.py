@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 
 import structlog
@@ -155,12 +155,22 @@ def _retrieve(reading: asyncio.Task[HostCapacity]) -> None:
 class Chores:
     """The other periodic tasks."""
 
-    def __init__(self, ctx: Context, runner: Runner, outbox: Outbox, lanes: Lanes, *, keep_operations_s: float) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        runner: Runner,
+        outbox: Outbox,
+        lanes: Lanes,
+        *,
+        keep_operations_s: float,
+        operations_s: Mapping[str, float] | None = None,
+    ) -> None:
         self._ctx = ctx
         self._lanes = lanes
         self._runner = runner
         self._outbox = outbox
         self._keep = timedelta(seconds=keep_operations_s)
+        self._operations_s = operations_s or {}
 
     async def reconcile(self) -> None:
         """Compare journal and hypervisor; events should have told everything already."""
@@ -189,6 +199,17 @@ class Chores:
             record = await self._ctx.journal.store.operation(operation_id)
             if record is not None and record.undo_pending:
                 await self._runner.resume([record])
+
+    async def overdue(self) -> None:
+        """End operations that run too long; what cannot be ended, or waits behind a stuck call, is in the heartbeat."""
+        stuck = await self._runner.end_overdue(now(), self._operations_s)
+        conditions = self._ctx.state.conditions
+        before = conditions.pop("operations", None)
+        if stuck:
+            more = f" (and {len(stuck) - 3} more)" if len(stuck) > 3 else ""
+            conditions["operations"] = "; ".join(list(stuck.values())[:3]) + more
+        if before != conditions.get("operations"):
+            self._ctx.heartbeat_now()
 
     async def gauges(self) -> None:
         """Set the gauges that nobody sets where things happen."""

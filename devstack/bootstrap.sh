@@ -22,6 +22,7 @@ readonly PACKAGES=(
   python3 python3-venv python3-dev gcc libc6-dev pkg-config make  # .venv; libvirt-python is compiled
   rabbitmq-server                                                 # the broker
   libvirt-daemon-system libvirt-clients libvirt-dev               # the hypervisor's daemon
+  libvirt-daemon-driver-lxc                                       # containers through libvirt
   qemu-system-x86 qemu-utils                                      # the hypervisor
   dnsmasq-base iproute2 iptables                                  # libvirt's networks
   busybox-static syslinux syslinux-common mtools                  # the guest image

@@ -42,6 +42,7 @@ class PrivateLibvirtd(Daemon):
         qemu_settings: dict[str, str] | None = None,
         daemon_settings: dict[str, str] | None = None,
         private_network: bool = False,
+        containers: bool = False,
         capabilities_cache: Path | None = None,
     ) -> None:
         """Remember what to start; nothing runs before ``start``.
@@ -53,6 +54,8 @@ class PrivateLibvirtd(Daemon):
             private_network: also give it a network namespace, which takes bridges, taps and DHCP servers
                 with it when it ends. TCP ports of its guests (VNC, NBD, migration) are then not reachable
                 from outside.
+            containers: make room for libvirt's lxc driver: where the host has both versions of control groups,
+                the daemon sees only the first, because it cannot bind-mount the second into a container.
             capabilities_cache: a folder shared by several daemons, kept between runs, for what libvirt
                 learned about the installed QEMU; libvirt itself notices when that is outdated.
 
@@ -62,6 +65,7 @@ class PrivateLibvirtd(Daemon):
         """
         super().__init__(directory, qemu_settings or {}, daemon_settings or {})
         self._private_network = private_network
+        self._containers = containers
         self._capabilities_cache = capabilities_cache
 
     @property
@@ -73,6 +77,11 @@ class PrivateLibvirtd(Daemon):
     def uri(self) -> str:
         """The QEMU driver's connection URI."""
         return f"qemu+unix:///system?socket={self.socket}"
+
+    @property
+    def lxc_uri(self) -> str:
+        """The container driver's connection URI."""
+        return f"lxc+unix:///system?socket={self.socket}"
 
     @property
     def console_log_dir(self) -> Path:
@@ -103,6 +112,8 @@ class PrivateLibvirtd(Daemon):
         for private, public in _PRIVATE_FOLDERS.items():
             source, target = shlex.quote(str(self.directory / private)), shlex.quote(public)
             commands.append(f"mkdir -p {target}; mount --bind {source} {target}")
+        if self._containers and Path("/sys/fs/cgroup/unified").is_dir() and Path("/sys/fs/cgroup/memory").is_dir():
+            commands.append("umount /sys/fs/cgroup/unified")
         network = []
         if self._private_network:
             network = ["--net"]

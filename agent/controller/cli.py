@@ -11,6 +11,7 @@ import click
 import structlog
 
 from agent import __version__
+from agent.controller.commands_adopt import instance_adopt
 from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_image import image
@@ -64,7 +65,7 @@ def cli(
 
 for command in (instance, host, image, operation, events, snapshot):
     cli.add_command(command)
-for command in (instance_export, instance_backup, instance_backups, *MEMORY_COMMANDS, *RESIZE):
+for command in (instance_adopt, instance_export, instance_backup, instance_backups, *MEMORY_COMMANDS, *RESIZE):
     instance.add_command(command)
 
 

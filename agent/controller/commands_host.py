@@ -19,6 +19,7 @@ from agent.errors import DeadlineExceeded
 from agent.messages.commands import HostPing, HostSetEnabled, HostShow
 from agent.messages.cpus import format_cpus
 from agent.messages.events import Event, HostHeartbeat, Inventory, NumaCell
+from agent.messages.verbs_host import HostAudit, HostDrain
 
 LISTEN_S = 12.0
 """A heartbeat's usual interval, its jitter, and a little more."""
@@ -154,6 +155,61 @@ def _set_enabled(session: Session, host: str, data: HostSetEnabled, past: str) -
     done = perform(session, data, host=host)
     if done is not None and not session.as_json:
         click.echo(f"{host} {past if done.result.get('changed', True) else f'was {past} already'}")
+
+
+@host.command("audit")
+@host_argument
+@click.option("--repair", is_flag=True, help="Remove what is provably the agent's and of no instance.")
+@json_option
+@pass_session
+def host_audit(session: Session, host: str, *, repair: bool) -> None:
+    """Compare what is on a host with what should be. Without --repair nothing is changed."""
+    done = perform(session, HostAudit(repair=repair), host=host, default_timeout_s=600.0)
+    if done is None or session.as_json:
+        return
+    items: list[dict[str, Any]] = list(done.result.get("items", []))
+    columns = ["finding", "kind", "name", "proof", "action", "detail"]
+    if items:
+        render.table(columns, [[item.get(column) for column in columns] for item in items])
+    busy, more = done.result.get("busy", []), done.result.get("more", 0)
+    click.echo(f"{len(items) + more} found, {done.result.get('removed', 0)} removed, {len(busy)} busy and left out")
+
+
+@host.command("drain")
+@host_argument
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, 7 * 86_400), default=3600.0, show_default=True, help="Wait so long."
+)
+@click.option("--stop-instances", is_flag=True, help="Have the guests shut down too.")
+@click.option("--stop-timeout-s", type=click.FloatRange(0, 86_400), default=60.0, show_default=True, help="Per guest.")
+@click.option("--at-once", type=click.IntRange(1, 64), default=4, show_default=True, help="Guests that stop at a time.")
+@click.option("--reason", help="Why; shown to whoever looks at the host.")
+@json_option
+@pass_session
+def host_drain(
+    session: Session,
+    host: str,
+    *,
+    timeout_s: float,
+    stop_instances: bool,
+    stop_timeout_s: float,
+    at_once: int,
+    reason: str | None,
+) -> None:
+    """Let a host take no new instances and wait until nothing is under way. `host enable` takes it back."""
+    if reason is not None and len(reason) > 200:
+        raise click.BadParameter("at most 200 characters", param_hint="--reason")
+    data = HostDrain(
+        timeout_s=timeout_s,
+        stop_instances=stop_instances,
+        stop_timeout_s=stop_timeout_s,
+        at_once=at_once,
+        reason=reason,
+    )
+    done = perform(session, data, host=host, default_timeout_s=timeout_s + 30.0)
+    if done is not None and not session.as_json:
+        stopped, running = done.result.get("stopped", []), done.result.get("running", [])
+        click.echo(f"{host} is drained: {len(stopped)} guests stopped, {len(running)} still run")
 
 
 @host.command("ping")

@@ -8,6 +8,7 @@ holds no slot.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
@@ -16,8 +17,12 @@ import structlog
 
 log = structlog.get_logger("lanes")
 
-WorkClass = Literal["query", "power", "build"]
+WorkClass = Literal["query", "power", "build", "waiting"]
+"""`waiting`: work that does nothing but wait, for hours perhaps, and takes no slot."""
 Work = Callable[[], Awaitable[None]]
+
+CANCEL_S = 5.0
+"""How long cancelled work may take to end."""
 
 
 class Lanes:
@@ -62,7 +67,7 @@ class Lanes:
             while waiting and not self._stopped:
                 await self.blocked(key)
                 work_class, work = waiting[0]
-                async with self._slots[work_class]:
+                async with self._slots.get(work_class) or contextlib.nullcontext():
                     if self._stopped:
                         return
                     try:
@@ -90,7 +95,11 @@ class Lanes:
             left = list(self._tasks)
             for task in left:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            if left:
+                # With a limit too: work that holds out against its cancelling must not hold up the end.
+                _, pending = await asyncio.wait(left, timeout=CANCEL_S)
+                for task in pending:
+                    log.error("lane.left_behind", lane=task.get_name())  # noqa: TRY400 - nothing was raised
             return False
 
 

@@ -103,6 +103,8 @@ class _Difference:
                     "foreign-domain", domain.name, "not made by this agent; it is counted and left alone", domain.id
                 )
         current = {domain.id: domain for domain in domains}
+        # One that is being adopted is neither gone nor news.
+        current |= {domain_id: known[domain_id] for domain_id in known.keys() & self._busy}
         for gone in known.keys() - current.keys():
             self._drift("foreign-domain-gone", known[gone].name, "it is no longer on this host", gone)
         self._ctx.state.foreign = current

@@ -24,7 +24,8 @@ InlineHandler = Callable[["Context", Command[Any]], BaseModel | None]
 class Route:
     """One verb's handler.
 
-    `lane`: among whose commands it takes its turn: its instance's, the host's, or nobody's (reads). `inline`:
+    `lane`: among whose commands it takes its turn: its instance's, the host's, those of one long verb of the host, or
+    nobody's (reads). `inline`:
     instead of `handler`, for verbs without effect that need not wait: they run while the command is accepted, and
     acceptance and result are one commit. They may raise `ComputeError`.
     """
@@ -33,7 +34,7 @@ class Route:
     work: WorkClass
     handler: Handler | None = None
     inline: InlineHandler | None = None
-    lane: Literal["instance", "host", "none"] = "instance"
+    lane: Literal["instance", "host", "audit", "drain", "none"] = "instance"
 
 
 class Registry:

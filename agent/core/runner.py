@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import structlog
 from pydantic import BaseModel
 
 from agent import metrics
+from agent.core.adopted import check_adopted
 from agent.core.context import Context, now
 from agent.core.failpoints import failpoint
 from agent.core.lanes import Lanes
@@ -19,15 +21,31 @@ from agent.core.operation import Operation, RollBack
 from agent.core.outcome import final_event, problem_of, state_of
 from agent.core.registry import Registry, Route
 from agent.drivers.base import OPTIONAL_VERBS
-from agent.errors import Cancelled, ComputeError, Expired, FailedPrecondition, Internal, NotFound, Unsupported
+from agent.errors import (
+    Cancelled,
+    ComputeError,
+    DeadlineExceeded,
+    Expired,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    Unsupported,
+)
+from agent.messages.codes import ERROR_CODES
 from agent.messages.commands import Command, Refused, parse_command
 from agent.messages.events import EventData, OperationAccepted, OperationStarted
 from agent.store.base import Change, OperationRecord
 
 log = structlog.get_logger("message")
 
+BY_CODE = {row.code: row.error for row in ERROR_CODES}
+"""Code of the contract → its class: whether a retry can help is known from the code alone."""
+
 SILENCE_S = 0.2
 """Work that outlasts this reports that it was accepted and started, asked or not."""
+TURN_S = 5.0
+"""How long an empty lane may take to give whoever holds it his turn."""
+OVERDUE = "operation_overdue"
 MAX_ATTEMPTS = 5
 """An operation that was interrupted this often is rolled back: it may be what kills the agent."""
 
@@ -61,6 +79,7 @@ class Runner:
         self._watchers: dict[int, set[str]] = {}
         self.idle: Callable[[str], None] = lambda _instance_id: None
         """Told the id of an instance each time that an operation has let go of it."""
+        self._held: set[str] = set()
         lanes.blocked = self._wait_settled
 
     @property
@@ -96,7 +115,42 @@ class Runner:
             for item in self._open.values()
             if item.record.instance_id and self._registry[item.record.verb].lane == "instance"
         }
-        return open_now | self._expected | {instance for instance in self._undo_pending.values() if instance}
+        undoing = {instance for instance in self._undo_pending.values() if instance}
+        return open_now | self._expected | self._held | undoing
+
+    def acting(self) -> list[OperationRecord]:
+        """Operations under way, now or soon, that act on an instance."""
+        return [
+            item.record
+            for item in self._open.values()
+            if self._registry[item.record.verb].lane == "instance" and not item.record.final
+        ]
+
+    @asynccontextmanager
+    async def holding(self, instance_id: str) -> AsyncIterator[bool]:
+        """Keep every operation off an instance that nobody acts on; False where somebody does, without waiting.
+
+        Commands that come meanwhile wait in its lane.
+        """
+        settled = self._ctx.executor.is_settled(instance_id)
+        if not settled or instance_id in self.busy_instances() or self._lanes.is_busy(instance_id):
+            yield False
+            return
+        ours, done = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            ours.set()
+            await done.wait()  # no limit of its own: ended below, whatever happens
+
+        self._held.add(instance_id)
+        for touched in self._watchers.values():
+            touched.add(instance_id)
+        self._lanes.put(instance_id, "waiting", hold)
+        try:
+            yield await _within(ours, TURN_S)  # the lane was empty: its turn comes at once, unless the agent stops
+        finally:
+            self._held.discard(instance_id)
+            done.set()
 
     @contextmanager
     def watching(self) -> Iterator[set[str]]:
@@ -168,6 +222,40 @@ class Runner:
         if item.operation is not None:
             item.operation.cancel()
 
+    async def end_overdue(self, at: datetime, limits_s: Mapping[str, float]) -> dict[str, str]:
+        """Cancel operations that run longer than the limit of their class of work; 0: no limit.
+
+        Returns a sentence for each that could not be ended yet, and for each that waits behind a stuck call.
+        """
+        stuck: dict[str, str] = {}
+        for item in list(self._open.values()):
+            record = item.record
+            route = self._registry[record.verb]
+            name = f"{record.verb} {record.id}"
+            if item.operation is None:
+                if route.lane == "instance" and record.instance_id and not self._settled(record.instance_id):
+                    stuck[record.id] = f"{name} waits behind a hypervisor call that does not return"
+                continue
+            limit_s = limits_s.get(route.work, 0.0)
+            if not limit_s or record.started_at is None or (at - record.started_at).total_seconds() <= limit_s:
+                continue
+            if record.error_code == OVERDUE or record.cancel_requested:
+                stuck[record.id] = f"{name} is overdue and was cancelled; its present step has not ended yet"
+            elif record.state == "undoing":
+                stuck[record.id] = f"{name} is overdue; it is being undone"
+            elif not item.operation.can_be_cancelled:
+                stuck[record.id] = f"{name} is overdue, and past the point from which it can be taken back"
+            else:
+                log.warning("operation.overdue", verb=record.verb, operation=record.id, limit_s=limit_s)
+                record.error_code = OVERDUE
+                stuck[record.id] = f"{name} is overdue and was cancelled"
+                with suppress(ComputeError):  # it ended, or passed its point of no return, just now
+                    await self.cancel(record.id)
+        return stuck
+
+    def _settled(self, instance_id: str) -> bool:
+        return self._ctx.executor.is_settled(instance_id)
+
     def stop(self) -> None:
         """Announce nothing more: what waits is taken up at the next start."""
         for item in self._open.values():
@@ -209,7 +297,7 @@ class Runner:
     def _lane(self, record: OperationRecord, route: Route) -> str:
         if route.lane == "instance" and record.instance_id:
             return record.instance_id
-        return "host" if route.lane == "host" else f"operation {record.id}"
+        return route.lane if route.lane in ("host", "audit", "drain") else f"operation {record.id}"
 
     async def _wait_settled(self, key: str) -> None:
         if not self._ctx.executor.is_settled(key):
@@ -262,6 +350,8 @@ class Runner:
             return None, returned.model_dump(mode="json", exclude_none=True) if returned is not None else {}
         except RollBack:
             return _error_of(record), {}
+        except Cancelled as exc:
+            return (_overdue() if record.error_code == OVERDUE else exc), {}
         except ComputeError as exc:
             return exc, {}
         except Exception as exc:
@@ -281,6 +371,8 @@ class Runner:
             log.error("operation.too_many_attempts", attempts=record.attempt)
             record.error_code = "too_many_attempts"
             record.state = "undoing"
+        if record.attempt == 0 and record.instance_id is not None:
+            check_adopted(record.verb, self._ctx.instances.find(record.instance_id))
         verb, known = record.verb, self._ctx.state.capabilities
         # Before the hypervisor was first asked nothing is known: the driver itself will refuse what it cannot do.
         if verb in OPTIONAL_VERBS and verb not in known.verbs and known.hypervisor_type != "unknown":
@@ -296,6 +388,8 @@ class Runner:
         if error is not None:
             record.error_code = problem_of(error).code
             undone = await operation.roll_back()
+        else:
+            record.error_code = None  # it ended well after all, if it was to be ended
         await operation.hush()
         await self._told(item)
         at = now()
@@ -427,6 +521,15 @@ class Runner:
         await self._ctx.journal.commit(Change(events=pending))
 
 
+async def _within(event: asyncio.Event, limit_s: float) -> bool:
+    try:
+        async with asyncio.timeout(limit_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
 def _log_untold(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.info("operation.announcement_not_sent", error=str(error))
@@ -442,10 +545,25 @@ def _names(record: OperationRecord, command: Command[Any]) -> dict[str, str]:
     return names
 
 
+def _overdue() -> ComputeError:
+    return DeadlineExceeded(
+        "the operation ran longer than this host allows for its kind of work (deadlines.operation_*_s), and was ended",
+        code="operation_overdue",
+    )
+
+
 def _error_of(record: OperationRecord) -> ComputeError:
     """The error for an operation that a former process began to roll back."""
+    if record.error_code == OVERDUE:
+        return _overdue()
     if record.cancel_requested:
         return Cancelled("the operation was cancelled")
+    known = BY_CODE.get(record.error_code or "")
+    if known is not None and known is not Internal:
+        return known(
+            "the operation failed, the agent was restarted while it was undone, and the undoing was finished then",
+            code=record.error_code,
+        )
     return Internal(
         "the operation failed, the agent was restarted while it was undone, and the undoing was finished after that",
         code=record.error_code or "interrupted",

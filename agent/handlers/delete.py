@@ -33,10 +33,19 @@ async def delete(op: Operation, _data: InstanceDelete) -> DeleteResult:
         await op.long(storage_removal(driver), instance_id)
         return None
 
+    async def brought_along() -> Json:
+        assert adopted is not None  # noqa: S101 - this step is only there where it is
+        await op.mutate(driver.delete_adopted_disks, instance_id, adopted.disks)
+        return None
+
+    known = op.ctx.instances.find(instance_id)
+    adopted = known.life.adopted if known is not None else None
     op.point_of_no_return()
     await op.step("destroy", destroy)
     await op.step("undefine", undefine)
     await op.step("storage", storage)
+    if adopted is not None and adopted.own_disks:
+        await op.step("adopted-disks", brought_along)
     known = op.ctx.instances.find(instance_id)
     if known is not None:
         op.ctx.instances.remove(instance_id)

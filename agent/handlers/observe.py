@@ -24,12 +24,12 @@ def settle(
     instances = op.ctx.instances
     before = instances.get(op.instance_id)
     power_changed = info.power != before.observed
+    made = before.reason == "creating"  # no longer: also one that was made and not started has an end of its making
     record = instances.update(
         op.instance_id,
         observed=info.power,
         desired=desired,
-        # One that is made without being started was stopped already while it was being made.
-        reason=(reason or info.reason) if power_changed or before.reason == "creating" else None,
+        reason=(reason or info.reason) if power_changed or made else None,
         generation=op.command.generation,
     )
     if power_changed or record.desired != before.desired:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import backup, create, delete, export, images, live, memory, power, read, resize, snapshot
+from agent.handlers import adopt, backup, create, delete, export, images, live, memory, power, read, resize, snapshot
 
 ROUTES: tuple[Route, ...] = (
+    *adopt.ROUTES,
     *create.ROUTES,
     *delete.ROUTES,
     *power.ROUTES,

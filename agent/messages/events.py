@@ -238,6 +238,18 @@ class HostDrift(EventData):
     detail: str
 
 
+class HostLeftover(EventData):
+    """The periodic audit found something new on the host; see the verb `host.audit` for the meaning of the fields."""
+
+    kind: ClassVar[str] = "host.leftover"
+    finding: Literal["unowned", "missing", "unproven"]
+    item: str
+    name: str
+    instance_id: str | None = None
+    proof: str | None = None
+    detail: str | None = None
+
+
 class HypervisorConnection(EventData):
     """The agent lost or regained the hypervisor. While lost, instances are `unknown`."""
 
@@ -339,6 +351,7 @@ EVENTS: tuple[type[EventData], ...] = (
     InstanceBalloon,
     InstancePolicy,
     HostDrift,
+    HostLeftover,
     HypervisorConnection,
     AgentLifecycle,
     HostHeartbeat,

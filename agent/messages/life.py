@@ -66,6 +66,18 @@ class SoftDelete(Outbound):
     was_running: bool
 
 
+class Adoption(Outbound):
+    """The domain was made by somebody else and taken over as it was: its definition is kept, and `disks` are the
+    files and devices it uses, wherever they are. They are removed with the instance only if `own_disks`. `kept` names
+    what of the definition the spec cannot say.
+    """
+
+    disks: list[str]
+    own_disks: bool
+    since: datetime
+    kept: list[str] = Field(default_factory=list)
+
+
 class Life(Outbound):
     """All of it; every part is None for an instance that nothing special is the matter with."""
 
@@ -73,6 +85,7 @@ class Life(Outbound):
     rescue: Rescue | None = None
     shelf: Shelf | None = None
     soft_delete: SoftDelete | None = None
+    adopted: Adoption | None = None
 
 
 ORDINARY = Life()

@@ -146,6 +146,7 @@ RESULTS: dict[str, type[Outbound]] = {
     "host.show": HostShowResult,
     "host.set-enabled": HostEnabledResult,
     "operation.show": OperationView,
+    "instance.adopt": InstanceView,
     "operation.cancel": CancelResult,
     **verbs_memory.RESULTS,
     **verbs_resize.RESULTS,

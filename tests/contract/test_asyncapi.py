@@ -20,6 +20,7 @@ from agent.bus.memory import MemoryBroker, MemoryBus
 from agent.bus.topology import host_topology, shared_topology
 from agent.config import Settings
 from agent.controller import CommandRefused, ComputeClient
+from agent.drivers.fake import FakeDriver
 from agent.messages import asyncapi, routing
 from agent.messages.codes import ERROR_CODES
 from agent.messages.commands import (
@@ -45,6 +46,7 @@ from agent.messages.events import EVENTS
 from agent.messages.results import RESULTS
 from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
 from agent.messages.spec_limits import DiskLimits
+from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
 from agent.messages.verbs_memory import (
     InstanceMemoryDump,
     InstanceReset,
@@ -262,7 +264,9 @@ async def test_agent_sends_what_the_document_says(document: Json, tmp_path: Path
     await agent.start()
     try:
         await agent.wait_ready(10)
-        await _use_every_verb(broker)
+        assert isinstance(agent.ctx.driver, FakeDriver)
+        foreign = agent.ctx.driver.add_foreign("legacy")
+        await _use_every_verb(broker, foreign)
     finally:
         await agent.stop()
         await watcher.close()
@@ -283,7 +287,7 @@ def _event_errors(document: Json, message: Json) -> Iterator[str]:
         yield from _payload_errors(document, f"{verb.__name__}Succeeded", message)
 
 
-async def _use_every_verb(broker: MemoryBroker) -> None:
+async def _use_every_verb(broker: MemoryBroker, foreign: str) -> None:
     spec = InstanceSpec(
         name="web-1",
         vcpus=1,
@@ -323,12 +327,15 @@ async def _use_every_verb(broker: MemoryBroker) -> None:
             HostPing(),
             HostShow(),
             HostSetEnabled(enabled=False, reason="a test"),
+            HostAudit(),
+            HostDrain(),
             OperationShow(operation_id=made.operation_id),
         ):
             await client.call(asked, host="h1")
         with pytest.raises(CommandRefused, match="takes no new instances"):
             other = spec.model_copy(update={"name": "web-2"})
             await client.call(InstanceCreate(spec=other), host="h1", instance_id=str(uuid.uuid4()))
+        await client.call(InstanceAdopt(), host="h1", instance_id=foreign)
         await client.call(InstanceDelete(), host="h1", instance_id=one)
 
 

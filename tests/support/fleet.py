@@ -16,6 +16,7 @@ from agent.messages.commands import HostPing, InstanceCreate
 from agent.messages.events import Event
 from agent.messages.spec import InstanceSpec, RootDisk
 from agent.messages.verb import CommandData
+from agent.messages.verbs_host import HostAudit
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
 from support.agent_process import AgentProcess
@@ -115,6 +116,9 @@ class World:
         assert not drift, f"journal and hypervisor differed: {drift}"
         found = await self.left(agent, instances, libvirtd)
         assert not found, "\n".join(found)
+        # The agent's own ledger agrees.
+        audit = (await self.succeed(agent.host, HostAudit())).data["result"]
+        assert not audit["items"], audit["items"]
 
     async def left(self, agent: AgentProcess, instances: Collection[str] = (), libvirtd: PrivateLibvirtd | None = None) -> list[str]:
         """What is on the host and belongs to none of `instances`."""

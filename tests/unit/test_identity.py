@@ -89,3 +89,17 @@ async def test_an_agent_refuses_the_journal_of_another(tmp_path: Path, no_blocki
 def test_the_file_is_readable_for_the_tools(tmp_path: Path) -> None:
     compute_id(tmp_path, tmp_path / "j")
     assert os.access(tmp_path / FILE_NAME, os.R_OK)
+
+
+def test_the_folder_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        flushed.append("folder" if (path / FILE_NAME).exists() else "file")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    compute_id(tmp_path, tmp_path / "journal.sqlite")
+    assert flushed == ["file", "folder"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 from support.world import until
 
+from agent.core import lanes as lanes_module
 from agent.core.lanes import Lanes, Work
 
 pytestmark = pytest.mark.usefixtures("no_blocking")
@@ -129,3 +131,21 @@ async def test_drain_cancels_what_does_not_end() -> None:
 
 async def test_drain_of_nothing_is_done() -> None:
     assert await lanes().drain(0.01)
+
+
+async def test_drain_has_a_limit_for_what_holds_out_against_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "CANCEL_S", 0.01)
+    made, gate, log = lanes(), asyncio.Event(), []
+
+    async def stubborn() -> None:
+        log.append("begun")
+        while not gate.is_set():
+            with suppress(asyncio.CancelledError):
+                await gate.wait()
+
+    made.put("a", "power", stubborn)
+    await until(lambda: log)
+    async with asyncio.timeout(5):
+        assert not await made.drain(0.01)
+    gate.set()
+    await until(lambda: not made.busy)

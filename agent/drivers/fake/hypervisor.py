@@ -20,6 +20,7 @@ from agent.drivers.fake.domains import Domain, Domains
 from agent.drivers.fake.live import Live, check_nics
 from agent.drivers.fake.settings import FakeSettings
 from agent.drivers.fake.timers import Timers
+from agent.drivers.verbs.host import check_adopted_spec
 from agent.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
 from agent.messages.life import ORDINARY, Life
@@ -107,6 +108,8 @@ class Hypervisor:
                 raise AlreadyExists(f"id {instance_id} belongs to the foreign domain {domain.name}")
             if domain is not None and domain.name != spec.name:
                 raise AlreadyExists(f"domain {instance_id} has the name {domain.name!r}; a name cannot be changed")
+            if domain is not None and life.adopted is not None and domain.spec is not None:
+                check_adopted_spec(domain.name, domain.spec, spec)
             if domain is None:
                 domain = Domain(id=instance_id, name=spec.name, vcpus=spec.vcpus, memory_mib=spec.memory_mib)
             cpus = self._dedicated(domain, spec)
@@ -169,7 +172,7 @@ class Hypervisor:
             if domain.saved is not None:
                 self.restore(domain)
                 return
-            if self.disks.get(instance_id) is None:
+            if self.disks.get(instance_id) is None and domain.life.adopted is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
             self.disks.touch_console(instance_id)
             self._boot(domain)

@@ -32,7 +32,8 @@ class Backends:
         self.settings = settings
         self.root = root
         self.default = settings.default_backend
-        self.all: dict[str, Keeper] = {BUILT_IN: FileBackend(settings, root, "raw" if settings.simulated else "qcow2")}
+        plain = settings.simulated or settings.containers  # neither opens a qcow2 file
+        self.all: dict[str, Keeper] = {BUILT_IN: FileBackend(settings, root, "raw" if plain else "qcow2")}
         for name, own in settings.backends.items():
             if isinstance(own, FileBackendSettings):
                 self.all[name] = FileBackend(settings, own.dir or root, own.type)

@@ -22,7 +22,7 @@ class HostFacts:
     own; None: everywhere. `shares`: name → folder.
     """
 
-    domain_type: Literal["kvm", "qemu", "test"]
+    domain_type: Literal["kvm", "qemu", "test", "lxc"]
     architecture: str
     machine: str | None
     cpu_mode: str

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from agent.drivers.base import DomainInfo, InstanceDetails
-from agent.drivers.libvirt import errors, metadata, states, xml_machine
+from agent.drivers.libvirt import errors, metadata, saved, states, xml_machine
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.files import check_id
 from agent.errors import AlreadyExists, FailedPrecondition
@@ -79,7 +79,7 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
     root = _inactive(domain)
     state, reason = domain.state()
     if managed_save is None:
-        managed_save = state == libvirt.VIR_DOMAIN_SHUTOFF and bool(domain.hasManagedSaveImage())
+        managed_save = state == libvirt.VIR_DOMAIN_SHUTOFF and saved.is_saved(domain)
     power, word = states.of_state(state, reason, managed_save=managed_save)
     ours = metadata.read(root)
     return DomainInfo(

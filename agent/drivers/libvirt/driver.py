@@ -21,7 +21,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, encryption, errors, saved, xml
+from agent.drivers.libvirt import adoption, binding, domains, encryption, errors, saved, xml, xml_container
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -32,8 +32,9 @@ from agent.drivers.libvirt.verbs_memory import LibvirtMemory
 from agent.drivers.libvirt.verbs_rebuild import LibvirtRebuild
 from agent.drivers.libvirt.verbs_resize import LibvirtResize
 from agent.drivers.libvirt.verbs_snapshot import LibvirtSnapshot
+from agent.drivers.verbs.host import check_adopted_spec
 from agent.errors import FailedPrecondition, Unsupported
-from agent.messages.life import ORDINARY, Life
+from agent.messages.life import ORDINARY, Adoption, Life
 from agent.messages.spec import InstanceSpec
 
 # Each set is tried until libvirt knows all its flags: a domain with one of these leftovers is not undefined
@@ -42,6 +43,7 @@ _UNDEFINE_FLAGS: Final = (
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA", "CHECKPOINTS_METADATA", "NVRAM", "TPM"),
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA", "CHECKPOINTS_METADATA", "NVRAM"),
     ("MANAGED_SAVE", "SNAPSHOTS_METADATA"),
+    (),
 )
 
 
@@ -59,6 +61,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         self._settings = parse_settings(context.settings)
         self._host = context.host
         self._storage = Storage(self._settings, context.state_dir)
+        if self._settings.containers:
+            xml_container.check_folder(self._storage.root)
         self._link = Link(self._settings, context.emit)
         self._hypervisor = Hypervisor(self._settings, self._link, self._storage)
 
@@ -102,12 +106,18 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     def console_log(self, instance_id: str, max_bytes: int) -> ConsoleChunk:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor has no console")
+        if self._settings.containers:
+            raise Unsupported("libvirt keeps no log of a container's console")
         with self._link.call() as connection:
             domains.find(connection, instance_id)
         return self._storage.console_tail(instance_id, max_bytes)
 
     def check(self, spec: InstanceSpec) -> None:
-        self._hypervisor.check(spec)
+        if self._settings.containers:
+            xml_container.check(spec)
+        else:
+            self._hypervisor.check(spec)
+        self._storage.check(spec)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -129,6 +139,9 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         files = self._storage.files(instance_id, spec)
         with self._link.call() as connection:
             present = domains.check_free(connection, instance_id, spec.name)
+            if life.adopted is not None:
+                self._redefine_adopted(domains.find_owned(connection, instance_id), spec, generation, life)
+                return
             facts = self._hypervisor.facts(connection)
             with self._hypervisor.dedicated(connection, instance_id, spec) as cpus:
                 document = xml.build(
@@ -150,6 +163,13 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                         domains.check_free(connection, instance_id, spec.name)
                     raise
 
+    def _redefine_adopted(self, domain: Any, spec: InstanceSpec, generation: int, life: Life) -> None:
+        """Only our element changes: the rest came from somebody else and cannot be built from a spec."""
+        known = domains.describe(domain, managed_save=False).spec
+        if known is not None:
+            check_adopted_spec(domain.name(), known, spec)
+        adoption.write(domain, spec, generation=generation, host=self._host, life=life)
+
     def undefine(self, instance_id: str) -> None:
         with self._link.call() as connection:
             try:
@@ -158,7 +178,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                     raise FailedPrecondition(
                         "the domain runs; destroy it before its definition is removed", code="instance_running"
                     )
-                _undefine(domain)
+                _undefine(domain, keep=domains.describe(domain, managed_save=False).life.adopted)
             except libvirt.libvirtError as exc:
                 if not errors.is_code(exc, "VIR_ERR_NO_DOMAIN"):
                     raise
@@ -183,7 +203,11 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             if not domain.isActive():
                 return
             try:
-                domain.shutdown()
+                if self._settings.containers:
+                    # By default libvirt looks for the pipe of an old init, and says that it asked where none read it.
+                    domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_SIGNAL)
+                else:
+                    domain.shutdown()
             except libvirt.libvirtError as exc:
                 if errors.is_lost(exc) or domain.isActive():
                     raise
@@ -198,12 +222,14 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
                 except libvirt.libvirtError as exc:
                     if errors.is_lost(exc) or domain.isActive():
                         raise
-            if domain.hasManagedSaveImage():
+            if saved.is_saved(domain):
                 domain.managedSaveRemove()
 
     def reboot(self, instance_id: str) -> None:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor does not prove reboots")
+        if self._settings.containers:
+            raise Unsupported("libvirt tells nothing of a container's reboots")
         with self._link.call() as connection:
             domain = domains.find_owned(connection, instance_id)
             _require_active(domain)
@@ -248,8 +274,11 @@ def _require_active(domain: Any) -> None:
         raise FailedPrecondition("the instance does not run; start it first", code="instance_not_running")
 
 
-def _undefine(domain: Any) -> None:
-    for attempt, names in enumerate(_UNDEFINE_FLAGS, start=1):
+def _undefine(domain: Any, *, keep: Adoption | None) -> None:
+    # An adopted guest's NVRAM and TPM are of no use without its disks, and go or stay with them.
+    kept = keep is not None and not keep.own_disks
+    for attempt, flags in enumerate(_UNDEFINE_FLAGS, start=1):
+        names = tuple(f"KEEP_{name}" if kept and name in ("NVRAM", "TPM") else name for name in flags)
         numbers = (binding.constant(f"VIR_DOMAIN_UNDEFINE_{name}") for name in names)
         try:
             domain.undefineFlags(sum(number for number in numbers if number is not None))

@@ -47,6 +47,7 @@ _SIMULATED_VERBS: Final = (
     OPTIONAL_VERBS
     - {
         "console.log",
+        "instance.adopt",
         "instance.reboot",
         "instance.reset",
         "instance.trigger-crash-dump",
@@ -56,6 +57,8 @@ _SIMULATED_VERBS: Final = (
     }
     - snapshot.VERBS
 )
+# libvirt keeps no log of a container's console, tells nothing of reboots, and saves and hot-plugs next to nothing.
+_CONTAINER_VERBS: Final = frozenset({"instance.pause", "instance.resume", "host.audit"})
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 
@@ -65,7 +68,7 @@ class _Known:
 
     epoch: int
     description: HostDescription
-    domain_type: Literal["kvm", "qemu", "test"]
+    domain_type: Literal["kvm", "qemu", "test", "lxc"]
     hypervisor_type: str
     version: str
     libvirt_version: int
@@ -94,10 +97,14 @@ class Hypervisor:
         return Capabilities(
             hypervisor_type=known.hypervisor_type,
             hypervisor_version=known.version,
-            verbs=_SIMULATED_VERBS if simulated else OPTIONAL_VERBS,
+            verbs=self._verbs,
             traits=traits(known.description.architecture, flags),
             events=frozenset() if simulated else self._link.kinds,
         )
+
+    @property
+    def _verbs(self) -> frozenset[str]:
+        return verbs_of(self._settings)
 
     def capacity(self) -> HostCapacity:
         """See `Driver.capacity`: two calls to the hypervisor and one to the file system."""
@@ -266,8 +273,10 @@ class Hypervisor:
             libvirt_version=connection.getLibVersion(),
         )
 
-    def _domain_type(self, description: HostDescription) -> Literal["kvm", "qemu", "test"]:
+    def _domain_type(self, description: HostDescription) -> Literal["kvm", "qemu", "test", "lxc"]:
         wanted = self._settings.virt_type
+        if self._settings.containers:
+            return "lxc"
         if self._settings.simulated:
             return "test"
         if wanted == "qemu":
@@ -285,6 +294,13 @@ class Hypervisor:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def verbs_of(settings: LibvirtSettings) -> frozenset[str]:
+    """The optional verbs of the hypervisor that the settings name."""
+    if settings.containers:
+        return _CONTAINER_VERBS
+    return _SIMULATED_VERBS if settings.simulated else OPTIONAL_VERBS
 
 
 def _memory_mib(connection: Any, info: Any) -> int:

@@ -12,13 +12,23 @@ _INCOMPLETE: Final = "save image is incomplete"
 _DAMAGE: Final = (_INCOMPLETE, "image magic is incorrect", "failed to read qemu header", "load of migration failed")
 
 
+def is_saved(domain: Any) -> bool:
+    """Whether there is a saved state that a start would restore; hypervisors that save nothing have none."""
+    try:
+        return bool(domain.hasManagedSaveImage())
+    except libvirt.libvirtError as exc:
+        if errors.is_code(exc, "VIR_ERR_NO_SUPPORT"):
+            return False
+        raise
+
+
 def create(domain: Any) -> None:
     """Start a domain that does not run, from its saved memory if there is some. Raises `libvirtError`.
 
     Raises `FailedPrecondition` (`saved_state_damaged`) where the saved memory cannot be used. libvirt by itself would
     throw an incomplete image away without a word and boot the guest anew.
     """
-    saved = bool(domain.hasManagedSaveImage())
+    saved = is_saved(domain)
     if saved:
         check(domain)
     try:

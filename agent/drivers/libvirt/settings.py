@@ -23,7 +23,7 @@ from agent.errors import InvalidArgument
 from agent.messages.cpus import format_cpus, parse_cpus
 from agent.messages.types import NAME_PATTERN
 
-_SCHEMES = {"qemu", "qemu+unix", "test", "test+unix"}
+_SCHEMES = {"qemu", "qemu+unix", "lxc", "lxc+unix", "test", "test+unix"}
 _QEMU_PATHS = {"/system", "/session"}
 
 
@@ -67,8 +67,9 @@ class LibvirtSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uri: str = "qemu:///system"
-    """A daemon on this host (`qemu:///system`, `qemu:///session`, either with `qemu+unix` and `?socket=`), or
-    libvirt's simulated hypervisor (`test:///default`, `test+unix:///default?socket=`)."""
+    """A daemon on this host (`qemu:///system`, `qemu:///session`, either with `qemu+unix` and `?socket=`), containers
+    instead of virtual machines (`lxc:///system`, `lxc+unix:///system?socket=`), or libvirt's simulated hypervisor
+    (`test:///default`, `test+unix:///default?socket=`)."""
     virt_type: Literal["auto", "kvm", "qemu"] = "auto"
     """`auto` takes KVM where it is proven to work, else emulation (slow)."""
     machine: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -126,9 +127,11 @@ class LibvirtSettings(BaseModel):
     def _local_uri(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in _SCHEMES or parts.netloc:
-            raise ValueError("give a qemu or test URI of this host; the agent works on local files")
+            raise ValueError("give a qemu, lxc or test URI of this host; the agent works on local files")
         if parts.scheme.startswith("qemu") and parts.path not in _QEMU_PATHS:
             raise ValueError("the path of a qemu URI must be /system or /session")
+        if parts.scheme.startswith("lxc") and parts.path != "/system":
+            raise ValueError("the path of an lxc URI must be /system")
         if set(parse_qs(parts.query, keep_blank_values=True)) - {"socket", "mode"}:
             raise ValueError("only the parameters socket and mode are allowed")
         return value
@@ -190,6 +193,11 @@ class LibvirtSettings(BaseModel):
     def simulated(self) -> bool:
         """True for libvirt's simulated hypervisor (the test driver)."""
         return self.uri.startswith("test")
+
+    @property
+    def containers(self) -> bool:
+        """True where instances are containers (libvirt's lxc driver)."""
+        return self.uri.startswith("lxc")
 
     @property
     def in_process(self) -> bool:

@@ -141,7 +141,7 @@ class Storage:
                 if name in images and not (folder / file_name).exists():
                     _check_cancelled(call)
                     _copy_durably(images[name].path, folder / file_name)
-            if not self._settings.simulated:
+            if not self._settings.simulated and not self._settings.containers:
                 # Made here so that the log is the agent's; virtlogd would make one that only root can read.
                 (folder / "console.log").touch(mode=0o640)
 

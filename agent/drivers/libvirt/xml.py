@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from agent.drivers.libvirt import metadata, xml_limits, xml_machine
+from agent.drivers.libvirt import metadata, xml_container, xml_limits, xml_machine
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.definition import text_element as _text
 from agent.drivers.libvirt.xml_devices import console_and_helpers, interface, mac_addresses
@@ -52,6 +52,10 @@ def build(
     _text(domain, "memory", str(spec.memory_mib), unit="MiB")
     _text(domain, "currentMemory", str(spec.memory_mib), unit="MiB")
     _text(domain, "vcpu", str(spec.vcpus), placement="static")
+    if facts.domain_type == "lxc":
+        xml_container.check(spec)
+        xml_container.fill(domain, instance_id, spec, files)
+        return _text_of(domain)
     system = ET.SubElement(domain, "os")
     kind = _text(system, "type", "hvm")
     simulated = facts.domain_type == "test"
@@ -75,6 +79,10 @@ def build(
     xml_limits.apply(domain, spec, facts, files)
     if present is not None and unchanged is not None:
         keep_hardware(domain, present, unchanged)
+    return _text_of(domain)
+
+
+def _text_of(domain: ET.Element) -> str:
     text = ET.tostring(domain, encoding="unicode")
     if len(text.encode()) > _MAX_BYTES:
         raise InvalidArgument(

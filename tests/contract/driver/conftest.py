@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "machine", "memory", "reading", "resize", "snapshot", "storage")
+_PARTS = ("connection", "definition", "host", "life", "machine", "memory", "reading", "resize", "snapshot", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +38,7 @@ class FakeCase(DriverCase):
         merged = self._settings | settings
         return FakeDriver(DriverContext(host="contract", state_dir=state_dir, settings=merged, emit=emit))
 
-    def add_foreign(self, driver: Driver, name: str) -> str:
+    def add_foreign(self, driver: Driver, name: str, *, disk: bool = False) -> str:
         assert isinstance(driver, FakeDriver)
         return driver.add_foreign(name, 1, 32)
 
@@ -65,10 +66,18 @@ class LibvirtCase(DriverCase):
         context = DriverContext(host="contract", state_dir=state_dir, settings=merged, emit=emit)
         return load_driver("libvirt")(context)
 
-    def add_foreign(self, driver: Driver, name: str) -> str:
+    def add_foreign(self, driver: Driver, name: str, *, disk: bool = False) -> str:
+        devices = ""
+        if disk:
+            with tempfile.NamedTemporaryFile(prefix=name, suffix=".raw", delete=False) as file:
+                file.truncate(1024 * 1024)
+            devices = (
+                "<devices><disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+                f"<source file='{file.name}'/><target dev='vda' bus='virtio'/></disk></devices>"
+            )
         document = (
             f"<domain type='{self.domain_type}'><name>{name}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>"
-            "<os><type arch='x86_64'>hvm</type></os></domain>"
+            f"<os><type arch='x86_64'>hvm</type></os>{devices}</domain>"
         )
         if self.domain_type == "test":
             document = document.replace(" arch='x86_64'", "")

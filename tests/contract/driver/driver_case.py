@@ -66,8 +66,8 @@ class DriverCase(ABC):
         """Construct the driver; not connected."""
 
     @abstractmethod
-    def add_foreign(self, driver: Driver, name: str) -> str:
-        """Define and start a domain that is not the agent's; return its id."""
+    def add_foreign(self, driver: Driver, name: str, *, disk: bool = False) -> str:
+        """Define and start a domain that is not the agent's, with a disk if there is to be one; return its id."""
 
     def interrupt(self, driver: Driver) -> None:
         """Take the hypervisor away from the driver."""
@@ -226,7 +226,9 @@ OPTIONAL: dict[str, Verb] = {
     "instance.set-memory-target": lambda driver, uid: driver.request_memory_target(uid, 32),
     "instance.set-limits": lambda driver, uid: driver.apply_limits(uid, make_spec()),
 }
-assert set(OPTIONAL) == OPTIONAL_VERBS
+OF_THE_HOST = {"host.audit", "instance.adopt"}
+"""Optional verbs that are about no domain, or about a foreign one."""
+assert set(OPTIONAL) | OF_THE_HOST == OPTIONAL_VERBS
 
 NEEDS_DOMAIN: dict[str, Verb] = {
     "get": lambda driver, uid: driver.get(uid),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contract_connection import ConnectionContract
 from contract_definition import DefinitionContract
+from contract_host import HostContract
 from contract_life import LifeContract
 from contract_machine import MachineContract
 from contract_memory import MemoryContract
@@ -27,6 +28,7 @@ class DriverContract(
     ResizeContract,
     StorageContract,
     SnapshotContract,
+    HostContract,
     ConnectionContract,
 ):
     """All of it."""
