@@ -35,6 +35,7 @@ from agent.events import HypervisorEvents
 from agent.handlers import host, operation
 from agent.handlers.due import issue_due
 from agent.handlers.routes import ROUTES
+from agent.handlers.states import guarded
 from agent.health import HealthServer, Watchdog
 from agent.identity import compute_id
 from agent.images.cache import ImageCache
@@ -123,7 +124,7 @@ class Agent:
         self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
         self._registry = Registry(
             (
-                *ROUTES,
+                *map(guarded, ROUTES),
                 *host.routes(lambda: self._heartbeat.build()),  # noqa: PLW0108 - made after the routes
                 *operation.routes(lambda: self._runner),
             )

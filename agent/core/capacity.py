@@ -46,6 +46,8 @@ class Capacity:
             return {}
         vcpus = memory = disk = 0
         for record in instances:
+            if record.life.shelf is not None and not record.life.shelf.returning:
+                continue  # it has nothing here but its name
             vcpus += record.spec.vcpus
             memory += record.spec.memory_mib
             disk += disk_gib(record.spec)

@@ -10,7 +10,7 @@ from agent.core.context import Context, now
 from agent.core.runner import Runner
 from agent.drivers.base import DomainInfo
 from agent.errors import ComputeError
-from agent.messages.events import EventData, HostDrift
+from agent.messages.events import DesiredState, EventData, HostDrift
 from agent.store.base import Change, InstanceRecord
 
 log = structlog.get_logger("reconcile")
@@ -112,7 +112,7 @@ class _Difference:
             id=domain.id,
             spec=domain.spec,
             generation=domain.generation or 0,
-            desired="running" if domain.power in ("running", "paused") else "stopped",
+            desired=_desired(domain),
             observed=domain.power,
             reason=domain.reason,
             created_by="",
@@ -142,3 +142,10 @@ class _Difference:
 
     def _event(self, data: EventData, *, subject: str) -> None:
         self.change.events.append(self._ctx.journal.event(data, subject=subject))
+
+
+def _desired(domain: DomainInfo) -> DesiredState:
+    """What must have been asked for, as far as the domain tells."""
+    if domain.life.soft_delete is not None:
+        return "deleted"
+    return "running" if domain.power in ("running", "paused") else "stopped"

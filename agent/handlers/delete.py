@@ -1,18 +1,37 @@
-"""`instance.delete`: end, undefine, remove storage, forget. There is no way back, only a next try."""
+"""`instance.delete`: end, undefine, remove storage, forget. There is no way back, only a next try.
+
+With `restore_within_s` it is a soft delete (`restore`), which has one.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 
-from agent.core.operation import Json, Operation
+from agent.core.context import now
+from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.errors import NotFound
+from agent.handlers.restore import soft_delete
 from agent.messages.commands import InstanceDelete
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import DeleteResult
 
 
-async def delete(op: Operation, _data: InstanceDelete) -> DeleteResult:
+async def delete(op: Operation, data: InstanceDelete) -> DeleteResult:
+    """Remove an instance, at once or, with `restore_within_s`, when nobody has restored it in that time."""
+    if data.restore_within_s is not None:
+        return await soft_delete(op, data)
+    if data.if_overdue and not op.begun:
+        mark = op.ctx.instances.get(op.instance_id).life.soft_delete
+        require(
+            mark is not None and mark.restore_until <= now(),
+            "the instance is not deleted, or can be restored yet",
+            code="delete_not_due",
+        )
+    return await _remove(op)
+
+
+async def _remove(op: Operation) -> DeleteResult:
     """Remove an instance and everything it owns here. After a failure the same command with a new id goes on."""
     driver, instance_id = op.ctx.driver, op.instance_id
     if not op.done_before("destroy"):

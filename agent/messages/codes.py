@@ -55,6 +55,17 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("instance_not_running", errors.FailedPrecondition, "The instance does not run; start it first."),
     ErrorCode("instance_paused", errors.FailedPrecondition, "The instance is paused; resume it first."),
     ErrorCode("instance_not_paused", errors.FailedPrecondition, "The instance neither runs nor is paused; start it."),
+    ErrorCode("instance_suspended", errors.FailedPrecondition, "The instance is suspended to disk; start it first."),
+    ErrorCode("instance_rescued", errors.FailedPrecondition, "The instance is rescued; `instance.unrescue` ends that."),
+    ErrorCode("instance_not_rescued", errors.FailedPrecondition, "The instance is not rescued."),
+    ErrorCode(
+        "instance_shelved", errors.FailedPrecondition, "The instance is shelved; `instance.unshelve` returns it."
+    ),
+    ErrorCode("instance_not_shelved", errors.FailedPrecondition, "The instance is not shelved."),
+    ErrorCode("instance_soft_deleted", errors.FailedPrecondition, "The instance is deleted, but can be restored yet."),
+    ErrorCode("instance_not_soft_deleted", errors.FailedPrecondition, "There is no soft delete to be taken back."),
+    ErrorCode("instance_resizing", errors.FailedPrecondition, "A resize waits to be confirmed or reverted."),
+    ErrorCode("delete_not_due", errors.FailedPrecondition, "The instance is not soft-deleted, or can be restored yet."),
     ErrorCode("host_disabled", errors.FailedPrecondition, "The host takes no new instances; see `host.set-enabled`."),
     ErrorCode("too_late_to_cancel", errors.FailedPrecondition, "The operation is past its point of no return."),
     ErrorCode("foreign_domain", errors.FailedPrecondition, "The domain was not made by this agent and is left alone."),

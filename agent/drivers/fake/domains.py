@@ -162,6 +162,14 @@ class Disks:
             # Last, because `load` takes a folder without it for an unfinished one.
             write_atomically(folder / "root.qcow2", json.dumps(asdict(disk)))
 
+    def replace(self, instance_id: str, disk: Disk) -> None:
+        """Let another root disk take the place of the one there is; everything else of the instance stays."""
+        old = self._by_id.get(instance_id)
+        self.used_mib += disk.size_mib - (old.size_mib if old is not None else 0)
+        self._by_id[instance_id] = disk
+        if self.folder is not None:
+            write_atomically(self.folder / instance_id / "root.qcow2", json.dumps(asdict(disk)))
+
     def remove(self, instance_id: str) -> None:
         """Remove everything of an instance. Idempotent. Raises `InvalidArgument` if the id is no UUID."""
         # The id becomes a path whose whole tree is removed.

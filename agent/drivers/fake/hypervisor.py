@@ -16,6 +16,7 @@ from pathlib import Path
 from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
 from agent.drivers.fake.domains import Disk, Disks, Domain, Domains
 from agent.drivers.fake.settings import FakeSettings
+from agent.drivers.fake.side_disks import RESCUE, SideDisks
 from agent.drivers.fake.timers import Timers
 from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
@@ -36,6 +37,7 @@ class Hypervisor:
         self.timers = Timers("fake-hypervisor")
         self.domains = Domains(folder and folder / "domains")
         self.disks = Disks(folder and folder / "instances")
+        self.sides = SideDisks(self.disks.folder)
         self._loaded = False
 
     def open(self) -> None:
@@ -46,6 +48,7 @@ class Hypervisor:
             self._loaded = True
             self.domains.load()
             self.disks.load()
+            self.sides.load()
             now = time.time()
             for domain in self.domains:
                 for act, at in sorted(domain.pending.items(), key=lambda item: item[1]):
@@ -64,6 +67,7 @@ class Hypervisor:
             if self._persistent:
                 self.domains = Domains(self.domains.folder)
                 self.disks = Disks(self.disks.folder)
+                self.sides = SideDisks(self.disks.folder)
 
     @property
     def _persistent(self) -> bool:
@@ -138,6 +142,8 @@ class Hypervisor:
                 return
             if self.disks.get(instance_id) is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
+            if domain.life.rescue is not None and self.sides.get(instance_id, RESCUE) is None:
+                raise FailedPrecondition(f"domain {domain.name} has no rescue disk", code="disk_missing")
             self.disks.touch_console(instance_id)
             self._boot(domain)
             steering = domain.steering
@@ -286,6 +292,7 @@ class Hypervisor:
     def delete_disk(self, instance_id: str) -> None:
         with self.lock:
             self.disks.remove(instance_id)
+            self.sides.forget(instance_id)
             domain = self.domains.get(instance_id)
             if domain is not None and domain.owned and domain.boots:
                 domain.boots = 0

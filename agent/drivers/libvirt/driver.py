@@ -113,6 +113,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         files = self._storage.files(instance_id)
+        if life.rescue is not None:
+            files = self._with_rescue_disk(files, instance_id, spec)
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
             facts = self._hypervisor.facts(connection, instance_id)

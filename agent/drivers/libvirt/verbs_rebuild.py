@@ -2,8 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
+from agent.drivers.base import CallContext, PreparedImage
+from agent.drivers.libvirt import domains, seed
+from agent.drivers.libvirt.definition import InstanceFiles
+from agent.drivers.libvirt.files import MIB, os_errors, write_durably
 from agent.drivers.libvirt.parts import Parts
+from agent.drivers.libvirt.volumes import ROOT, Volume
+from agent.drivers.libvirt.xml_rescue import RESCUE
+from agent.errors import FailedPrecondition, InvalidArgument
+from agent.messages.spec import InstanceSpec
+
+NEW: Final = "_new"
+"""Added to a disk's name while its successor waits beside it. No disk of a spec can have such a name."""
+_NEW_SEED: Final = "seed-new.iso"
 
 
 class LibvirtRebuild(Parts):
     """See `agent.drivers.verbs.rebuild`."""
+
+    def prepare_rebuild(self, instance_id: str, spec: InstanceSpec, image: PreparedImage, call: CallContext) -> None:
+        iso = seed.build(instance_id, spec) if spec.seed is not None else None
+        size = _size_for(image, spec.root_disk.size_mib)
+        self._find_owned(instance_id)
+        backend, new = self._storage.backend(spec, ROOT), Volume(instance_id, ROOT + NEW)
+        # What is there may be of another image: of a rebuild that failed after its point of no return.
+        backend.remove(new)
+        backend.create(new, size, image, call)
+        with os_errors("making the instance's files"):
+            waiting = self._storage.files(instance_id).seed.with_name(_NEW_SEED)
+            waiting.unlink(missing_ok=True)
+            if iso is not None:
+                write_durably(waiting, iso)
+        call.progress(100.0)
+
+    def apply_rebuild(self, instance_id: str, spec: InstanceSpec) -> None:
+        with self._link.call() as connection:
+            if domains.find_owned(connection, instance_id).isActive():
+                raise FailedPrecondition("the guest runs and would lose its disks; stop it", code="instance_running")
+        backend = self._storage.backend(spec, ROOT)
+        backend.replace(Volume(instance_id, ROOT), Volume(instance_id, ROOT + NEW))
+        current = self._storage.files(instance_id).seed
+        waiting = current.with_name(_NEW_SEED)
+        with os_errors("replacing the seed"):
+            if waiting.exists():
+                waiting.replace(current)
+
+    def discard_rebuild(self, instance_id: str, spec: InstanceSpec) -> None:
+        self._storage.backend(spec, ROOT).remove(Volume(instance_id, ROOT + NEW))
+        with os_errors("removing the new seed"):
+            self._storage.files(instance_id).seed.with_name(_NEW_SEED).unlink(missing_ok=True)
+
+    def create_rescue_disk(self, instance_id: str, spec: InstanceSpec, image: PreparedImage, call: CallContext) -> None:
+        self._find_owned(instance_id)
+        backend, volume = self._storage.backend(spec, ROOT), Volume(instance_id, RESCUE)
+        backend.remove(volume)
+        backend.create(volume, image.virtual_size_bytes, image, call)
+        call.progress(100.0)
+
+    def remove_rescue_disk(self, instance_id: str, spec: InstanceSpec) -> None:
+        self._storage.backend(spec, ROOT).remove(Volume(instance_id, RESCUE))
+
+    def _with_rescue_disk(self, files: InstanceFiles, instance_id: str, spec: InstanceSpec) -> InstanceFiles:
+        """Add the rescue disk to the places of the instance's disks."""
+        place = self._storage.backend(spec, ROOT).locate(Volume(instance_id, RESCUE))
+        return replace(files, disks={**files.disks, RESCUE: place})
+
+    def _find_owned(self, instance_id: str) -> None:
+        with self._link.call() as connection:
+            domains.find_owned(connection, instance_id)
+
+
+def _size_for(image: PreparedImage, size_mib: int) -> int:
+    """The root disk's size in bytes. Raises `InvalidArgument` where the image needs more."""
+    needed_mib = -(-image.virtual_size_bytes // MIB)
+    if needed_mib > size_mib:
+        raise InvalidArgument(
+            f"the root disk of {size_mib} MiB is smaller than the image, which needs {needed_mib} MiB",
+            code="disk_too_small",
+            size_mib=size_mib,
+            image_mib=needed_mib,
+        )
+    return size_mib * MIB

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from agent.drivers.libvirt import metadata, xml_machine
+from agent.drivers.libvirt import metadata, xml_machine, xml_rescue
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.definition import text_element as _text
 from agent.drivers.libvirt.xml_devices import console_and_helpers, interface, mac_addresses
@@ -54,6 +54,8 @@ def build(
     _text(domain, "on_crash", "destroy")
     devices = ET.SubElement(domain, "devices")
     devices.extend(_devices(instance_id, spec, facts, files))
+    if life.rescue is not None:
+        xml_rescue.put_first(domain, spec.root_disk.bus, files.disks[xml_rescue.RESCUE])
     text = ET.tostring(domain, encoding="unicode")
     if len(text.encode()) > _MAX_BYTES:
         raise InvalidArgument(
