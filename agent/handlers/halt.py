@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
+from agent.core.context import now
 from agent.core.operation import Json, Operation, require
 from agent.errors import DeadlineExceeded
 from agent.messages.events import PowerState
@@ -55,7 +57,7 @@ async def look(op: Operation, *, suspended: bool = False, **facts: str | float |
 
 
 async def halt(op: Operation, found: Found, timeout_s: float, *, force: bool) -> None:
-    """Stop the guest if it was up at the beginning, in one step; undone by starting it again.
+    """Stop the guest if it was up at the beginning; undone by starting it again.
 
     A paused guest cannot shut down and is ended.
     """
@@ -63,13 +65,19 @@ async def halt(op: Operation, found: Found, timeout_s: float, *, force: bool) ->
         return
     soft = not force and found.power == "running"
 
-    async def do() -> Json:
-        obeyed = soft and await _shut_down(op, timeout_s)
+    async def ask() -> Json:
+        await op.mutate(op.ctx.driver.shutdown, op.instance_id)
+        return {"asked_at": now().isoformat()}
+
+    async def end_it() -> Json:
+        obeyed = soft and await _obeyed(op, timeout_s, asked)
         if not obeyed:
             await op.mutate(op.ctx.driver.destroy, op.instance_id)
         return {"forced": not obeyed}
 
-    await op.step("halt", do, undo=lambda: _start_again(op, asked=soft))
+    asked = await op.step("shutdown", ask, undo=lambda: _start_again(op, asked=False)) if soft else None
+    # Only this step's undo waits for the end of a guest that was asked: what was asked cannot be taken back.
+    await op.step("halt", end_it, undo=lambda: _start_again(op, asked=soft))
 
 
 async def start(op: Operation) -> Json:
@@ -83,13 +91,13 @@ async def end(op: Operation) -> None:
     await op.mutate(op.ctx.driver.destroy, op.instance_id)
 
 
-async def _shut_down(op: Operation, timeout_s: float) -> bool:
-    """Ask the guest, and wait until it is down. False if it did not obey in time."""
-    await op.mutate(op.ctx.driver.shutdown, op.instance_id)
+async def _obeyed(op: Operation, timeout_s: float, asked: Json) -> bool:
+    """Wait until the guest is down. After a restart of the agent only the rest of the time is waited."""
+    waited_s = (now() - datetime.fromisoformat(asked["asked_at"])).total_seconds() if asked else 0.0
     if await _is_down(op):
         return True  # before this run of the agent, perhaps: its event will not come again
     try:
-        await op.wait_observed(DOWN, timeout_s)
+        await op.wait_observed(DOWN, max(0.0, timeout_s - waited_s))
     except DeadlineExceeded:
         return await _is_down(op)  # an event may have been lost with a connection
     return True
@@ -97,7 +105,7 @@ async def _shut_down(op: Operation, timeout_s: float) -> bool:
 
 async def _start_again(op: Operation, *, asked: bool) -> None:
     if asked and not await _is_down(op):
-        # What was asked cannot be taken back: the guest may be about to end, and a start before that would be none.
+        # The guest may be about to end, and a start before that would be none.
         with suppress(DeadlineExceeded):
             await op.ctx.instances.wait_observed(op.instance_id, DOWN, RESTART_WAIT_S)
     await op.mutate(op.ctx.driver.start, op.instance_id)

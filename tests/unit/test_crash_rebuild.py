@@ -11,6 +11,7 @@ from support.world import World, until
 from test_crash_points import agrees
 
 from agent.drivers.fake.settings import Fault
+from agent.handlers import halt
 from agent.messages.commands import InstanceDelete, OperationCancel
 from agent.messages.spec import ImageSource
 from agent.messages.verb import CommandData
@@ -18,7 +19,11 @@ from agent.messages.verbs_rebuild import InstanceRebuild, InstanceRescue, Instan
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(
+    request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    # An undo that is repeated waits this long for a guest that it has started itself before the agent died.
+    monkeypatch.setattr(halt, "RESTART_WAIT_S", 1.0)
     made = await World(tmp_path, store=request.param).open()
     await made.start()
     yield made
