@@ -180,11 +180,11 @@ class ByHand:
     def create(self, instance_id: str, spec: InstanceSpec, base: Path, connection: Any = None) -> dict[str, float]:
         """Make overlay, definition and guest. Returns the seconds of each; making the XML is not counted."""
         link = connection or self.connection
-        files = self._driver._storage.files(instance_id)
-        files.disk.parent.mkdir(parents=True)
+        files = self._driver._storage.files(instance_id, spec)
+        files.disks["root"].path.parent.mkdir(parents=True)
         steps = {"overlay": 0.0, "define": 0.0, "start": 0.0}
         begun = time.perf_counter()
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), "--", str(files.disk)]
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), "--", str(files.disks["root"].path)]
         subprocess.run([*command, str(DISK_MIB * 1024 * 1024)], check=True, capture_output=True)
         steps["overlay"] = time.perf_counter() - begun
         document = self.document(instance_id, spec)
@@ -198,8 +198,8 @@ class ByHand:
 
     def document(self, instance_id: str, spec: InstanceSpec) -> str:
         """The XML that the agent would define."""
-        facts = self._driver._hypervisor.facts(self.connection, instance_id)
-        files = self._driver._storage.files(instance_id)
+        facts = self._driver._hypervisor.facts(self.connection)
+        files = self._driver._storage.files(instance_id, spec)
         return xml.build(instance_id, spec, generation=0, host=AGENT_HOST, facts=facts, files=files)
 
     def remove(self, instance_id: str) -> None:

@@ -221,16 +221,20 @@ class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, reb
 
     @abstractmethod
     def create_storage(
-        self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
+        self, instance_id: str, spec: InstanceSpec, images: Mapping[str, PreparedImage], call: CallContext
     ) -> None:
-        """Make the root disk (an overlay on `image`, or empty) of `spec.root_disk.size_mib`, and the seed ISO.
+        """Make every disk of the spec, the seed ISO, and the instance's own copies of the files it boots from.
 
-        Raises `ResourceExhausted` without space, `InvalidArgument` where the disk is smaller than the image.
+        `images` has one entry per image of the spec, under the names of `agent.messages.spec.images_of`; a disk
+        without one is empty. What is finished already is kept as it is.
+
+        Raises `ResourceExhausted` without space, `InvalidArgument` where a disk is smaller than its image or the spec
+        names a back end that the host lacks, `FailedPrecondition` where the key of an encrypted disk cannot be used.
         """
 
     @abstractmethod
     def delete_storage(self, instance_id: str) -> None:
-        """Remove every file that `create_storage` and the domain's life made, console log included."""
+        """Remove every volume and file that `create_storage` and the domain's life made, console log included."""
 
     @abstractmethod
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:

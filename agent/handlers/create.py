@@ -14,7 +14,7 @@ from agent.handlers.view import instance_view
 from agent.messages.commands import InstanceCreate
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import InstanceView
-from agent.messages.spec import ImageSource
+from agent.messages.spec import ROOT, ImageSource, InstanceSpec, images_of
 from agent.store.base import InstanceRecord
 
 
@@ -28,7 +28,7 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
         return None  # made above, so that check and claim are one and a refusal precedes the first step
 
     async def storage() -> Json:
-        await op.long(driver.create_storage, instance_id, spec, image)
+        await op.long(driver.create_storage, instance_id, spec, images)
         return None
 
     async def remove_storage() -> None:
@@ -51,7 +51,7 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
             await op.mutate(driver.destroy, instance_id)
 
     await op.step("claim", keep_claim, undo=lambda: _unclaim(op, data))
-    image = await _prepared_image(op, spec.root_disk.image)
+    images = await prepared_images(op, spec)
     await op.step("storage", storage, undo=remove_storage)
     await op.step("define", define, undo=undefine)
     if data.start:
@@ -116,17 +116,20 @@ async def _unclaim(op: Operation, data: InstanceCreate) -> None:
         op.ctx.heartbeat_now()
 
 
-async def _prepared_image(op: Operation, source: ImageSource | None) -> PreparedImage | None:
-    if source is None:
-        return None
+async def prepared_images(op: Operation, spec: InstanceSpec) -> dict[str, PreparedImage]:
+    """Fetch and verify every image of the spec, in one step each: `image` for the root disk, `image:<name>` else."""
+    return {name: await prepared_image(op, name, source) for name, source in images_of(spec).items()}
+
+
+async def prepared_image(op: Operation, name: str, source: ImageSource) -> PreparedImage:
+    """Fetch and verify one image in a step of its own."""
 
     async def fetch() -> Json:
         image = await op.ctx.images.prepare(source, lambda done, total: op.progress(done_bytes=done, total_bytes=total))
         return {"path": str(image.path), "format": image.format, "virtual_size_bytes": image.virtual_size_bytes}
 
-    found = await op.step("image", fetch, cancellable=True, harmless=True)
-    if found is None:
-        return None
+    step = "image" if name == ROOT else f"image:{name}"
+    found = await op.step(step, fetch, cancellable=True, harmless=True) or {}
     return PreparedImage(
         path=Path(found["path"]),
         format=found["format"],

@@ -9,11 +9,11 @@ from __future__ import annotations
 from agent.core.operation import Json, Operation
 from agent.core.registry import Route
 from agent.handlers import halt
+from agent.handlers.create import prepared_image
 from agent.handlers.observe import read_back
-from agent.handlers.prepare import prepared_image
 from agent.handlers.view import instance_view
 from agent.messages.results import InstanceView
-from agent.messages.spec import InstanceSpec
+from agent.messages.spec import ROOT, InstanceSpec
 from agent.messages.verbs_rebuild import InstanceRebuild
 from agent.store.base import InstanceRecord
 
@@ -50,7 +50,7 @@ async def rebuild(op: Operation, data: InstanceRebuild) -> InstanceView:
         return None
 
     found = await halt.look(op)
-    image = await prepared_image(op, data.image)
+    image = await prepared_image(op, ROOT, data.image)
     await op.step("make", make, undo=discard)
     await halt.halt(op, found, data.timeout_s, force=data.force)
     # Before the swap, where it can be taken back: the new definition names the same disks.

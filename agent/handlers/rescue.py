@@ -9,12 +9,13 @@ from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.errors import Cancelled, Internal
 from agent.handlers import halt
+from agent.handlers.create import prepared_image
 from agent.handlers.observe import read_back
-from agent.handlers.prepare import prepared_image
 from agent.handlers.rebuild import generation_of
 from agent.handlers.view import instance_view
 from agent.messages.life import Life, Rescue
 from agent.messages.results import InstanceView
+from agent.messages.spec import ROOT
 from agent.messages.verbs_rebuild import InstanceRescue, InstanceUnrescue
 
 
@@ -33,7 +34,7 @@ async def rescue(op: Operation, data: InstanceRescue) -> InstanceView:
         await op.mutate(driver.remove_rescue_disk, instance_id, spec)
 
     found = await halt.look(op)
-    image = await prepared_image(op, data.image)
+    image = await prepared_image(op, ROOT, data.image)
     made = await op.step("disk", make, undo=remove)
     rescued = before.model_copy(
         update={"rescue": Rescue(image=data.image, since=_since(made), was_running=found.was_up)}

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from agent.messages.spec_disks import Boot, Disk, ImageSource, RootDisk
+from agent.messages.spec_disks import Boot, BootFile, Disk, EphemeralDisk, ImageSource, RootDisk, SwapDisk
 from agent.messages.spec_limits import CpuLimits, NicLimits
 from agent.messages.spec_machine import Cpu, Machine, MemoryBacking, NumaNode, Share, Video, Watchdog
 from agent.messages.spec_policy import Policy
 from agent.messages.types import Inbound, InterfaceName, LongPattern, MacAddress, MemoryMib, Name, Vcpus
 
-__all__ = ["BridgeNic", "ImageSource", "InstanceSpec", "NetworkNic", "Nic", "NicBase", "RootDisk", "Seed", "UserNic"]
+__all__ = [
+    "BOOT_INITRD",
+    "BOOT_KERNEL",
+    "ROOT",
+    "BridgeNic",
+    "ImageSource",
+    "InstanceSpec",
+    "NetworkNic",
+    "Nic",
+    "NicBase",
+    "RootDisk",
+    "Seed",
+    "UserNic",
+    "images_of",
+]
+
+ROOT: Final = "root"
+"""The root disk's name among an instance's disks."""
+
+BOOT_KERNEL: Final = "boot.kernel"
+BOOT_INITRD: Final = "boot.initrd"
+"""Names of the files of a direct kernel boot among an instance's images. No disk can have them: they have a dot."""
 
 SeedText = Annotated[str, Field(max_length=64 * 1024)]
 
@@ -95,6 +116,10 @@ class InstanceSpec(Inbound):
     policy: Policy = Field(default_factory=Policy)
     labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict, max_length=64)
 
+    def disks_by_name(self) -> dict[str, RootDisk | Disk]:
+        """All disks, the root disk first, then in the order of the spec."""
+        return {ROOT: self.root_disk, **{disk.name: disk for disk in self.disks}}
+
     @model_validator(mode="after")
     def _distinct_macs(self) -> InstanceSpec:
         macs = [nic.mac for nic in self.nics if nic.mac]
@@ -104,7 +129,7 @@ class InstanceSpec(Inbound):
 
     @model_validator(mode="after")
     def _distinct_disks(self) -> InstanceSpec:
-        names = ["root", *(disk.name for disk in self.disks)]
+        names = [ROOT, *(disk.name for disk in self.disks)]
         if len(names) != len(set(names)):
             raise ValueError("two disks have the same name, or one is called root; give each its own")
         unknown = [name for name in self.boot.order if name not in names]
@@ -119,3 +144,20 @@ class InstanceSpec(Inbound):
         if self.max_memory_mib is not None and self.max_memory_mib < self.memory_mib:
             raise ValueError("max_memory_mib is smaller than memory_mib")
         return self
+
+
+def images_of(spec: InstanceSpec) -> dict[str, ImageSource]:
+    """Every image that the instance is made from: disk's name, `boot.kernel` or `boot.initrd` → source."""
+    images: dict[str, ImageSource] = {}
+    for name, disk in spec.disks_by_name().items():
+        if not isinstance(disk, EphemeralDisk | SwapDisk) and disk.image is not None:
+            images[name] = disk.image
+    if spec.boot.kernel is not None:
+        images[BOOT_KERNEL] = _as_image(spec.boot.kernel.kernel)
+        if spec.boot.kernel.initrd is not None:
+            images[BOOT_INITRD] = _as_image(spec.boot.kernel.initrd)
+    return images
+
+
+def _as_image(file: BootFile) -> ImageSource:
+    return ImageSource(url=file.url, sha256=file.sha256, format="raw")

@@ -86,7 +86,7 @@ class Bench:
             name=f"vm-{instance_id[:8]}", vcpus=1, memory_mib=fields.pop("memory_mib", 64), root_disk=root_disk, **fields
         )
         self.made.append(instance_id)
-        self.driver.create_storage(instance_id, spec, image, CallContext())
+        self.driver.create_storage(instance_id, spec, {"root": image} if image else {}, CallContext())
         self.driver.define(instance_id, spec, generation=1)
         if start:
             self.driver.start(instance_id)

@@ -73,7 +73,7 @@ async def situation(world: World, instance_id: str) -> tuple[bool, bool, str | N
     assert disk is not None
     assert disk.image_sha256 == (source.sha256 if source is not None else None)
     life = record.life
-    return life.rescue is not None, life.soft_delete is not None, disk.image_sha256, hypervisor.sides.names(instance_id)
+    return life.rescue is not None, life.soft_delete is not None, disk.image_sha256, [name for name in hypervisor.disks.all(instance_id) if name not in record.spec.disks_by_name()]
 
 
 async def expect_done(world: World, verb: str, instance_id: str) -> None:

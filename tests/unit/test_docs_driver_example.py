@@ -97,7 +97,7 @@ def test_it_keeps_the_contract(toy_class: type[Driver], tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         driver.get(one)
     for _ in range(2):  # everything twice: the second time has no effect
-        driver.create_storage(one, SPEC, None, CallContext())
+        driver.create_storage(one, SPEC, {}, CallContext())
         driver.define(one, SPEC, generation=3)
     with pytest.raises(AlreadyExists):
         driver.define(other, SPEC, generation=1)

@@ -72,7 +72,7 @@ class World:
 
     def create(self, *, start: bool = True, **changes: Any) -> str:
         instance_id, made = str(uuid.uuid4()), spec(**changes)
-        self.driver.create_storage(instance_id, made, None, CallContext())
+        self.driver.create_storage(instance_id, made, {}, CallContext())
         self.driver.define(instance_id, made, generation=1)
         if start:
             self.driver.start(instance_id)
@@ -242,7 +242,7 @@ def test_slow_storage_tells_progress_and_is_cancelled(make: Make) -> None:
     call = CallContext(progress=seen.append, cancelled=lambda: len(seen) >= 2)
     instance_id = str(uuid.uuid4())
     with pytest.raises(Cancelled):
-        world.driver.create_storage(instance_id, spec(), None, call)
+        world.driver.create_storage(instance_id, spec(), {}, call)
     assert world.driver.capacity().disk_free_mib == world.driver.capacity().disk_total_mib
 
 
@@ -302,7 +302,7 @@ settings = {"persist": True, "faults": [{"call": "start", "kill": True, "crash_a
 driver = FakeDriver(DriverContext(host="h", state_dir=Path(sys.argv[1]), settings=settings, emit=lambda event: None))
 driver.connect()
 spec = InstanceSpec.model_validate({"name": "vm", "vcpus": 1, "memory_mib": 64, "root_disk": {"size_mib": 10}})
-driver.create_storage(sys.argv[3], spec, None, CallContext())
+driver.create_storage(sys.argv[3], spec, {}, CallContext())
 driver.define(sys.argv[3], spec, generation=5)
 driver.start(sys.argv[3])
 """

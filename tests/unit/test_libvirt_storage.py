@@ -54,8 +54,8 @@ def image(tmp_path: Path) -> PreparedImage:
 @needs_qemu_img
 def test_an_overlay_has_the_asked_size_and_explicit_formats(tmp_path, image):
     kept = storage(tmp_path)
-    kept.create(INSTANCE_ID, spec(), image, CallContext())
-    files = kept.files(INSTANCE_ID)
+    kept.create(INSTANCE_ID, spec(), {"root": image}, CallContext())
+    files = kept.files(INSTANCE_ID, spec())
     info = subprocess.run(
         ["qemu-img", "info", "--output=json", "-f", "qcow2", str(files.disks["root"].path)],
         check=True,
@@ -73,11 +73,11 @@ def test_an_overlay_has_the_asked_size_and_explicit_formats(tmp_path, image):
 @needs_qemu_img
 def test_finished_files_are_kept(tmp_path, image):
     kept = storage(tmp_path)
-    kept.create(INSTANCE_ID, spec(), image, CallContext())
-    files = kept.files(INSTANCE_ID)
+    kept.create(INSTANCE_ID, spec(), {"root": image}, CallContext())
+    files = kept.files(INSTANCE_ID, spec())
     before = [path.stat().st_ino for path in (files.disks["root"].path, files.seed)]
     files.console_log.write_bytes(b"boot")
-    kept.create(INSTANCE_ID, spec(), image, CallContext())
+    kept.create(INSTANCE_ID, spec(), {"root": image}, CallContext())
     assert [path.stat().st_ino for path in (files.disks["root"].path, files.seed)] == before
     assert files.console_log.read_bytes() == b"boot"
 
@@ -85,10 +85,10 @@ def test_finished_files_are_kept(tmp_path, image):
 @needs_qemu_img
 def test_an_unfinished_disk_of_a_crash_is_made_again(tmp_path):
     kept = storage(tmp_path)
-    files = kept.files(INSTANCE_ID)
+    files = kept.files(INSTANCE_ID, spec())
     files.disks["root"].path.parent.mkdir(parents=True)
     files.disks["root"].path.with_name("disk.qcow2.part").write_bytes(b"half")
-    kept.create(INSTANCE_ID, spec(with_seed=False), None, CallContext())
+    kept.create(INSTANCE_ID, spec(with_seed=False), {}, CallContext())
     assert files.disks["root"].path.read_bytes()[:4] == b"QFI\xfb"
     assert not files.seed.exists()
     assert not files.disks["root"].path.with_name("disk.qcow2.part").exists()
@@ -97,15 +97,15 @@ def test_an_unfinished_disk_of_a_crash_is_made_again(tmp_path):
 def test_a_disk_smaller_than_its_image_is_refused_before_any_file_is_made(tmp_path):
     image = PreparedImage(tmp_path / "x", "qcow2", 8 * MIB + 1, "0" * 64)
     with pytest.raises(InvalidArgument) as caught:
-        storage(tmp_path).create(INSTANCE_ID, spec(8), image, CallContext())
+        storage(tmp_path).create(INSTANCE_ID, spec(8), {"root": image}, CallContext())
     assert caught.value.code == "disk_too_small"
-    assert caught.value.details == {"size_mib": 8, "image_mib": 9}
+    assert caught.value.details == {"disk": "root", "size_mib": 8, "image_mib": 9}
     assert not (tmp_path / "instances").exists()
 
 
 def test_too_little_free_space_is_refused_with_figures(tmp_path):
     with pytest.raises(ResourceExhausted) as caught:
-        storage(tmp_path, min_free_mib=2**40).create(INSTANCE_ID, spec(), None, CallContext())
+        storage(tmp_path, min_free_mib=2**40).create(INSTANCE_ID, spec(), {}, CallContext())
     assert caught.value.code == "no_space"
     assert caught.value.retryable
     assert caught.value.details["min_free_mib"] == 2**40
@@ -122,7 +122,7 @@ def test_too_little_free_space_is_refused_with_figures(tmp_path):
 def test_a_failing_qemu_img_leaves_no_disk(tmp_path, script, error, code):
     kept = storage(tmp_path, qemu_img=fake_qemu_img(tmp_path, script), qemu_img_timeout_s=0.2)
     with pytest.raises(error) as caught:
-        kept.create(INSTANCE_ID, spec(), None, CallContext())
+        kept.create(INSTANCE_ID, spec(), {}, CallContext())
     assert caught.value.code == code
     assert not list(tmp_path.glob("instances/*/*"))
 
@@ -130,7 +130,7 @@ def test_a_failing_qemu_img_leaves_no_disk(tmp_path, script, error, code):
 def test_a_missing_qemu_img_is_named(tmp_path):
     kept = storage(tmp_path, qemu_img=str(tmp_path / "none"))
     with pytest.raises(Unsupported) as caught:
-        kept.create(INSTANCE_ID, spec(), None, CallContext())
+        kept.create(INSTANCE_ID, spec(), {}, CallContext())
     assert caught.value.code == "qemu_img_missing"
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_is_recognised_from_the_operating_system(tmp_path, monkeypat
     kept = storage(tmp_path, uri="test:///default")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceExhausted) as caught:
-        kept.create(INSTANCE_ID, spec(), None, CallContext())
+        kept.create(INSTANCE_ID, spec(), {}, CallContext())
     assert caught.value.code == "no_space"
     assert not list(tmp_path.glob("instances/*/*"))
 
@@ -152,21 +152,21 @@ def test_quota_is_full_too():
 
 def test_cancelling_stops_before_the_disk(tmp_path):
     with pytest.raises(Cancelled):
-        storage(tmp_path).create(INSTANCE_ID, spec(), None, CallContext(cancelled=lambda: True))
+        storage(tmp_path).create(INSTANCE_ID, spec(), {}, CallContext(cancelled=lambda: True))
     assert not list(tmp_path.glob("instances/*/*"))
 
 
 def test_the_simulation_gets_a_sparse_file_without_qemu_img(tmp_path):
     kept = storage(tmp_path, uri="test:///default", qemu_img="/nonexistent")
-    kept.create(INSTANCE_ID, spec(1024), None, CallContext())
-    facts = kept.files(INSTANCE_ID).disks["root"].path.stat()
+    kept.create(INSTANCE_ID, spec(1024), {}, CallContext())
+    facts = kept.files(INSTANCE_ID, spec()).disks["root"].path.stat()
     assert facts.st_size == 1024 * MIB
     assert facts.st_blocks < 100
 
 
 def test_delete_removes_everything_and_repeats(tmp_path):
     kept = storage(tmp_path, uri="test:///default")
-    kept.create(INSTANCE_ID, spec(), None, CallContext())
+    kept.create(INSTANCE_ID, spec(), {}, CallContext())
     (tmp_path / "instances" / INSTANCE_ID / "console.log.0").write_bytes(b"x")
     kept.delete(INSTANCE_ID)
     kept.delete(INSTANCE_ID)
@@ -185,7 +185,7 @@ def test_only_uuids_name_folders(tmp_path, bad):
 )
 def test_console_tail_joins_rotated_parts(tmp_path, limit, data, truncated):
     kept = storage(tmp_path)
-    log = kept.files(INSTANCE_ID).console_log
+    log = kept.console_log(INSTANCE_ID)
     log.parent.mkdir(parents=True)
     log.write_bytes(b"newer")
     log.with_name("console.log.0").write_bytes(b"older")
@@ -204,7 +204,7 @@ def test_cache_falls_back_where_the_disk_or_its_image_cannot_be_opened_directly(
     tmp_path, image, monkeypatch, lacking
 ):
     kept = storage(tmp_path)
-    kept.create(INSTANCE_ID, spec(), image, CallContext())
+    kept.create(INSTANCE_ID, spec(), {"root": image}, CallContext())
     real_open = os.open
 
     def no_direct(path, flags, *rest, **more):
@@ -213,14 +213,14 @@ def test_cache_falls_back_where_the_disk_or_its_image_cannot_be_opened_directly(
         return real_open(path, flags & ~os.O_DIRECT, *rest, **more)
 
     monkeypatch.setattr(os, "open", no_direct)
-    assert kept.cache_mode(INSTANCE_ID) == "writeback"
-    assert storage(tmp_path, disk_cache="unsafe").cache_mode(INSTANCE_ID) == "unsafe"
+    assert kept.files(INSTANCE_ID, spec()).tuning["root"].cache == "writeback"
+    assert storage(tmp_path, disk_cache="unsafe").files(INSTANCE_ID, spec()).tuning["root"].cache == "unsafe"
 
 
 @needs_qemu_img
 def test_cache_stays_none_where_o_direct_works(tmp_path, image, monkeypatch):
     kept = storage(tmp_path)
-    kept.create(INSTANCE_ID, spec(), image, CallContext())
+    kept.create(INSTANCE_ID, spec(), {"root": image}, CallContext())
     real_open = os.open
     monkeypatch.setattr(os, "open", lambda path, flags, *rest: real_open(path, flags & ~os.O_DIRECT, *rest))
-    assert kept.cache_mode(INSTANCE_ID) == "none"
+    assert kept.files(INSTANCE_ID, spec()).tuning["root"].cache == "none"

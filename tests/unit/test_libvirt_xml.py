@@ -28,7 +28,6 @@ FACTS = st.builds(
     cpu_mode=st.sampled_from(["auto", "host-passthrough", "host-model", "maximum", "default"]),
     cpu_model=st.none(),
     emulator=st.sampled_from([None, Path("/usr/bin/qemu-system-x86_64")]),
-    disk_cache=st.sampled_from(["none", "writeback", "writethrough", "directsync", "unsafe"]),
     vnc_listen=st.sampled_from(["127.0.0.1", "::1"]),
 )
 PLAIN = HostFacts(
@@ -38,7 +37,6 @@ PLAIN = HostFacts(
     cpu_mode="auto",
     cpu_model=None,
     emulator=None,
-    disk_cache="none",
     vnc_listen="127.0.0.1",
 )
 SMALL = InstanceSpec(name="vm", vcpus=1, memory_mib=64, root_disk=RootDisk(size_mib=1))
@@ -67,14 +65,14 @@ def test_every_definition_is_valid_by_libvirts_own_schema(schema, spec, facts):
 @settings(max_examples=30, deadline=None)
 @given(spec=SPECS)
 def test_a_simulated_domain_is_valid_too(schema, spec):
-    facts = HostFacts("test", "i686", None, "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts("test", "i686", None, "auto", None, None, "127.0.0.1")
     document = build(spec, facts)
     assert schema.validate(document), schema.error_log
     assert document.find("devices/serial") is None
 
 
 def test_custom_cpu_model_is_valid(schema):
-    facts = HostFacts("qemu", "x86_64", "q35", "custom", "qemu64", None, "none", "127.0.0.1")
+    facts = HostFacts("qemu", "x86_64", "q35", "custom", "qemu64", None, "127.0.0.1")
     document = build(SMALL, facts)
     assert schema.validate(document), schema.error_log
     assert document.findtext("cpu/model") == "qemu64"
@@ -107,7 +105,7 @@ def test_another_instance_gets_other_macs():
 )
 def test_the_seed_drive_is_on_a_bus_the_machine_has(machine, bus, seed_target):
     spec = SMALL.model_copy(update={"root_disk": RootDisk(size_mib=1, bus=bus), "seed": Seed()})
-    facts = HostFacts("qemu", "x86_64", machine, "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts("qemu", "x86_64", machine, "auto", None, None, "127.0.0.1")
     target = build(spec, facts).find("devices/disk[@device='cdrom']/target")
     assert (target.get("dev"), target.get("bus")) == seed_target
 
@@ -120,7 +118,7 @@ def test_power_actions_are_fixed():
 
 @pytest.mark.parametrize(("domain_type", "mode"), [("kvm", "host-passthrough"), ("qemu", "maximum")])
 def test_auto_cpu_follows_the_accelerator(domain_type, mode):
-    facts = HostFacts(domain_type, "x86_64", "q35", "auto", None, None, "none", "127.0.0.1")
+    facts = HostFacts(domain_type, "x86_64", "q35", "auto", None, None, "127.0.0.1")
     assert build(SMALL, facts).find("cpu").get("mode") == mode
 
 

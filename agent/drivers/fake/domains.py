@@ -1,4 +1,4 @@
-"""What the simulated hypervisor keeps: domains and disks, in memory or also as small files.
+"""What the simulated hypervisor keeps: domains, in memory or also as small files. Disks are in `disks`.
 
 Files are replaced atomically but not synced: they outlive the process, as guests do, not the host. Nothing here
 takes a lock; the hypervisor does.
@@ -7,20 +7,15 @@ takes a lock; the hypervisor does.
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from agent.drivers.base import DomainInfo
 from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
-from agent.errors import InvalidArgument
 from agent.messages.events import PowerState
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
-from agent.messages.types import UUID_PATTERN
 
 
 @dataclass(slots=True)
@@ -128,82 +123,6 @@ class Domains:
                 domain.steering = parse_labels(spec.labels)
             self._by_id[domain.id] = domain
             self._ids[domain.name] = domain.id
-
-
-@dataclass(slots=True)
-class Disk:
-    """A simulated root disk."""
-
-    size_mib: int
-    image_sha256: str | None = None
-
-
-class Disks:
-    """Root disks by instance; with a folder, a subfolder with placeholder files each."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._by_id: dict[str, Disk] = {}
-        self.used_mib = 0
-
-    def get(self, instance_id: str) -> Disk | None:
-        return self._by_id.get(instance_id)
-
-    def put(self, instance_id: str, disk: Disk, *, seed: bool) -> None:
-        """Make the disk, and the seed if there is one, in place of what there was."""
-        self.remove(instance_id)
-        self._by_id[instance_id] = disk
-        self.used_mib += disk.size_mib
-        if self.folder is not None:
-            folder = self.folder / instance_id
-            folder.mkdir(parents=True, exist_ok=True)
-            if seed:
-                (folder / "seed.iso").write_bytes(b"")
-            # Last, because `load` takes a folder without it for an unfinished one.
-            write_atomically(folder / "root.qcow2", json.dumps(asdict(disk)))
-
-    def replace(self, instance_id: str, disk: Disk) -> None:
-        """Let another root disk take the place of the one there is; everything else of the instance stays."""
-        old = self._by_id.get(instance_id)
-        self.used_mib += disk.size_mib - (old.size_mib if old is not None else 0)
-        self._by_id[instance_id] = disk
-        if self.folder is not None:
-            write_atomically(self.folder / instance_id / "root.qcow2", json.dumps(asdict(disk)))
-
-    def remove(self, instance_id: str) -> None:
-        """Remove everything of an instance. Idempotent. Raises `InvalidArgument` if the id is no UUID."""
-        # The id becomes a path whose whole tree is removed.
-        if not re.fullmatch(UUID_PATTERN, instance_id):
-            raise InvalidArgument("the instance id must be a UUID in lower case", code="invalid_instance_id")
-        disk = self._by_id.pop(instance_id, None)
-        if disk is not None:
-            self.used_mib -= disk.size_mib
-        if self.folder is not None:
-            shutil.rmtree(self.folder / instance_id, ignore_errors=True)
-
-    def path(self, instance_id: str, name: str) -> str | None:
-        """Where a file of an instance is, or None if disks are in memory only."""
-        return None if self.folder is None else str(self.folder / instance_id / name)
-
-    def touch_console(self, instance_id: str) -> None:
-        """Make the console log's file, as the start of a guest does."""
-        if self.folder is not None:
-            folder = self.folder / instance_id
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "console.log").touch()
-
-    def load(self) -> None:
-        """Read what an earlier process left."""
-        if self.folder is None or not self.folder.is_dir():
-            return
-        for folder in self.folder.iterdir():
-            try:
-                raw: dict[str, Any] = json.loads((folder / "root.qcow2").read_bytes())
-            except FileNotFoundError:
-                continue
-            disk = Disk(**raw)
-            self._by_id[folder.name] = disk
-            self.used_mib += disk.size_mib
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
+from agent.drivers.fake.disks import plan_disks
 from agent.drivers.fake.domains import Domain
 from agent.drivers.fake.faults import FaultPlan
 from agent.drivers.fake.hypervisor import Hypervisor
@@ -106,12 +107,12 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
             spec, disks = domain.spec, self._hypervisor.disks
             if spec is None:
                 return InstanceDetails()
-            disk = disks.path(instance_id, "root.qcow2") if disks.get(instance_id) else None
+            paths = (disks.path(instance_id, f"{name}.qcow2") for name in disks.all(instance_id))
             return InstanceDetails(
                 vnc_address=_vnc_address(domain) if spec.vnc and domain.active else None,
                 console_log=disks.path(instance_id, "console.log"),
                 mac_addresses=tuple(nic.mac or _mac(instance_id, index) for index, nic in enumerate(spec.nics)),
-                disk_paths=(disk,) if disk else (),
+                disk_paths=tuple(path for path in paths if path),
             )
 
     def capacity(self) -> HostCapacity:
@@ -136,17 +137,16 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
     # --- life -------------------------------------------------------------------------------------------------
 
     def create_storage(
-        self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
+        self, instance_id: str, spec: InstanceSpec, images: Mapping[str, PreparedImage], call: CallContext
     ) -> None:
-        found = None if image is None else (image.sha256, image.virtual_size_bytes)
         with self._call("create_storage", instance_id, spec=spec, context=call):
-            size_mib, seed = spec.root_disk.size_mib, spec.seed is not None
-            self._hypervisor.create_disk(instance_id, size_mib, image=found, seed=seed)
+            wanted = plan_disks(spec, images, backends=self._settings.backends, keys=self._settings.keys)
+            self._hypervisor.create_disks(instance_id, wanted, seed=spec.seed is not None)
         call.progress(100.0)
 
     def delete_storage(self, instance_id: str) -> None:
         with self._call("delete_storage", instance_id):
-            self._hypervisor.delete_disk(instance_id)
+            self._hypervisor.delete_disks(instance_id)
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         with self._call("define", instance_id, spec=spec):

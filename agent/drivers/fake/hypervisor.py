@@ -9,21 +9,20 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
-from agent.drivers.fake.domains import Disk, Disks, Domain, Domains
+from agent.drivers.fake.disks import RESCUE, Disk, Disks
+from agent.drivers.fake.domains import Domain, Domains
 from agent.drivers.fake.settings import FakeSettings
-from agent.drivers.fake.side_disks import RESCUE, SideDisks
 from agent.drivers.fake.timers import Timers
-from agent.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from agent.errors import AlreadyExists, FailedPrecondition, NotFound, ResourceExhausted
 from agent.messages.events import InstanceIoError, InstanceRebooted, PowerState
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
 
-_MIB = 1024 * 1024
 UP_LINE = b"compute-agent guest is up\n"
 
 
@@ -37,7 +36,6 @@ class Hypervisor:
         self.timers = Timers("fake-hypervisor")
         self.domains = Domains(folder and folder / "domains")
         self.disks = Disks(folder and folder / "instances")
-        self.sides = SideDisks(self.disks.folder)
         self._loaded = False
 
     def open(self) -> None:
@@ -48,7 +46,6 @@ class Hypervisor:
             self._loaded = True
             self.domains.load()
             self.disks.load()
-            self.sides.load()
             now = time.time()
             for domain in self.domains:
                 for act, at in sorted(domain.pending.items(), key=lambda item: item[1]):
@@ -67,7 +64,6 @@ class Hypervisor:
             if self._persistent:
                 self.domains = Domains(self.domains.folder)
                 self.disks = Disks(self.disks.folder)
-                self.sides = SideDisks(self.disks.folder)
 
     @property
     def _persistent(self) -> bool:
@@ -142,7 +138,7 @@ class Hypervisor:
                 return
             if self.disks.get(instance_id) is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
-            if domain.life.rescue is not None and self.sides.get(instance_id, RESCUE) is None:
+            if domain.life.rescue is not None and self.disks.get(instance_id, RESCUE) is None:
                 raise FailedPrecondition(f"domain {domain.name} has no rescue disk", code="disk_missing")
             self.disks.touch_console(instance_id)
             self._boot(domain)
@@ -270,29 +266,23 @@ class Hypervisor:
 
     # --- storage ----------------------------------------------------------------------------------------------
 
-    def create_disk(self, instance_id: str, size_mib: int, *, image: tuple[str, int] | None, seed: bool) -> None:
-        """Make a root disk, on an image given as (sha256, virtual size in bytes)."""
+    def create_disks(self, instance_id: str, disks: Mapping[str, Disk], *, seed: bool) -> None:
+        """Make an instance's disks, all or none. Those that are there as they should be are kept."""
         with self.lock:
-            if image is not None and image[1] > size_mib * _MIB:
-                raise InvalidArgument(
-                    f"the root disk of {size_mib} MiB is smaller than its image of {-(-image[1] // _MIB)} MiB",
-                    code="disk_too_small", size_mib=size_mib, needed_mib=-(-image[1] // _MIB),
-                )  # fmt: skip
-            disk = Disk(size_mib, None if image is None else image[0])
-            old = self.disks.get(instance_id)
-            if old == disk:
+            old = self.disks.all(instance_id)
+            if old == disks:
                 return
-            free = self._settings.disk_mib - self.disks.used_mib + (old.size_mib if old else 0)
-            if size_mib > free:
+            needed = sum(disk.size_mib for disk in disks.values())
+            free = self._settings.disk_mib - self.disks.used_mib + sum(disk.size_mib for disk in old.values())
+            if needed > free:
                 raise ResourceExhausted(
-                    f"the root disk needs {size_mib} MiB and {free} MiB are free", requested_mib=size_mib, free_mib=free
+                    f"the disks need {needed} MiB and {free} MiB are free", requested_mib=needed, free_mib=free
                 )
-            self.disks.put(instance_id, disk, seed=seed)
+            self.disks.put(instance_id, disks, seed=seed)
 
-    def delete_disk(self, instance_id: str) -> None:
+    def delete_disks(self, instance_id: str) -> None:
         with self.lock:
             self.disks.remove(instance_id)
-            self.sides.forget(instance_id)
             domain = self.domains.get(instance_id)
             if domain is not None and domain.owned and domain.boots:
                 domain.boots = 0

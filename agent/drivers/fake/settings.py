@@ -83,7 +83,8 @@ class FakeSettings(BaseModel):
     `latency_s` makes calls slow: per method, with `default` for those not named. `guest_shutdown_s` is what the
     guest takes to react to a shutdown or reboot; None: it ignores them. `boot_s`: until then the guest has written
     no console log and reacts to nothing. `persist`: domains and disks are kept as files below the state directory
-    and outlive the agent, as real guests do. `lacks`: optional verbs that this hypervisor does not have.
+    and outlive the agent, as real guests do. `lacks`: optional verbs that this hypervisor does not have. `backends`
+    and `keys`: names of storage back ends and of encryption keys that a spec can ask for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +100,9 @@ class FakeSettings(BaseModel):
     lacks: list[Literal["instance.pause", "instance.resume", "instance.reboot", "console.log"]] = Field(
         default_factory=list
     )
+
+    backends: list[str] = Field(default_factory=list)
+    keys: list[str] = Field(default_factory=list)
 
     def latency_of(self, call: str) -> float:
         """How long a call takes, in seconds."""

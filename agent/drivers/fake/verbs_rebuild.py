@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from agent.drivers.base import CallContext, PreparedImage
-from agent.drivers.fake.domains import Disk
+from agent.drivers.fake.disks import NEW, RESCUE, Disk
 from agent.drivers.fake.parts import Parts
-from agent.drivers.fake.side_disks import RESCUE, ROOT_NEW
 from agent.errors import FailedPrecondition, InvalidArgument
-from agent.messages.spec import InstanceSpec
+from agent.messages.spec import ROOT, InstanceSpec
+from agent.messages.spec_disks import EphemeralDisk, SwapDisk
 
 _MIB = 1024 * 1024
 
@@ -24,9 +24,13 @@ class FakeRebuild(Parts):
                     f"the root disk of {spec.root_disk.size_mib} MiB is smaller than its image of {needed_mib} MiB",
                     code="disk_too_small",
                     size_mib=spec.root_disk.size_mib,
-                    needed_mib=needed_mib,
+                    image_mib=needed_mib,
                 )
-            self._hypervisor.sides.put(instance_id, ROOT_NEW, Disk(spec.root_disk.size_mib, image.sha256))
+            disks = self._hypervisor.disks
+            disks.put_one(instance_id, ROOT + NEW, Disk(spec.root_disk.size_mib, image.sha256))
+            for disk in spec.disks:
+                if isinstance(disk, EphemeralDisk | SwapDisk):
+                    disks.put_one(instance_id, disk.name + NEW, Disk(disk.size_mib))
         call.progress(100.0)
 
     def apply_rebuild(self, instance_id: str, spec: InstanceSpec) -> None:
@@ -35,25 +39,28 @@ class FakeRebuild(Parts):
             domain = self._hypervisor.find_owned(instance_id)
             if domain.active:
                 raise FailedPrecondition(f"domain {domain.name} is {domain.power}", code="instance_running")
-            disk = self._hypervisor.sides.get(instance_id, ROOT_NEW)
-            if disk is not None:
-                self._hypervisor.disks.replace(instance_id, disk)
-                self._hypervisor.sides.remove(instance_id, ROOT_NEW)
+            disks = self._hypervisor.disks
+            for name, disk in disks.all(instance_id).items():
+                if name.endswith(NEW):
+                    disks.put_one(instance_id, name.removesuffix(NEW), disk)
+                    disks.remove_one(instance_id, name)
 
     def discard_rebuild(self, instance_id: str, spec: InstanceSpec) -> None:
         del spec
         with self._call("discard_rebuild", instance_id, verb="instance.rebuild"), self._hypervisor.lock:
-            self._hypervisor.sides.remove(instance_id, ROOT_NEW)
+            for name in self._hypervisor.disks.all(instance_id):
+                if name.endswith(NEW):
+                    self._hypervisor.disks.remove_one(instance_id, name)
 
     def create_rescue_disk(self, instance_id: str, spec: InstanceSpec, image: PreparedImage, call: CallContext) -> None:
         del spec
         with self._call("create_rescue_disk", instance_id, verb="instance.rescue", context=call), self._hypervisor.lock:
             self._hypervisor.find_owned(instance_id)
             size_mib = -(-image.virtual_size_bytes // _MIB)
-            self._hypervisor.sides.put(instance_id, RESCUE, Disk(size_mib, image.sha256))
+            self._hypervisor.disks.put_one(instance_id, RESCUE, Disk(size_mib, image.sha256))
         call.progress(100.0)
 
     def remove_rescue_disk(self, instance_id: str, spec: InstanceSpec) -> None:
         del spec
         with self._call("remove_rescue_disk", instance_id, verb="instance.unrescue"), self._hypervisor.lock:
-            self._hypervisor.sides.remove(instance_id, RESCUE)
+            self._hypervisor.disks.remove_one(instance_id, RESCUE)

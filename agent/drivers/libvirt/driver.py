@@ -7,6 +7,7 @@ call's block ends (`Link.call`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from agent.drivers.base import (
@@ -85,7 +86,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             return domains.describe(domains.find(connection, instance_id))
 
     def details(self, instance_id: str) -> InstanceDetails:
-        console = self._storage.files(instance_id).console_log
+        console = self._storage.console_log(instance_id)
         with self._link.call() as connection:
             domain = domains.find(connection, instance_id)
             kept = not self._settings.simulated and console.exists()
@@ -104,20 +105,20 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
     # --- life -----------------------------------------------------------------------------------------------------
 
     def create_storage(
-        self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext
+        self, instance_id: str, spec: InstanceSpec, images: Mapping[str, PreparedImage], call: CallContext
     ) -> None:
-        self._storage.create(instance_id, spec, image, call)
+        self._storage.create(instance_id, spec, images, call)
 
     def delete_storage(self, instance_id: str) -> None:
         self._storage.delete(instance_id)
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
-        files = self._storage.files(instance_id)
+        files = self._storage.files(instance_id, spec)
         if life.rescue is not None:
             files = self._with_rescue_disk(files, instance_id, spec)
         with self._link.call() as connection:
             domains.check_free(connection, instance_id, spec.name)
-            facts = self._hypervisor.facts(connection, instance_id)
+            facts = self._hypervisor.facts(connection)
             document = xml.build(
                 instance_id, spec, generation=generation, life=life, host=self._host, facts=facts, files=files
             )

@@ -81,7 +81,7 @@ class Hypervisor:
             numa_cells=known.description.numa_cells,
         )
 
-    def facts(self, connection: Any, instance_id: str) -> HostFacts:
+    def facts(self, connection: Any) -> HostFacts:
         """Return what a definition needs to know of the host."""
         known = self._known(connection)
         settings = self._settings
@@ -92,7 +92,6 @@ class Hypervisor:
             cpu_mode=settings.cpu_mode,
             cpu_model=settings.cpu_model,
             emulator=settings.emulator,
-            disk_cache=self._storage.cache_mode(instance_id),
             vnc_listen=settings.vnc_listen,
         )
 

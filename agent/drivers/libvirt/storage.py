@@ -12,18 +12,20 @@ import os
 import shutil
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from agent.drivers.base import CallContext, ConsoleChunk, PreparedImage
 from agent.drivers.libvirt import seed
 from agent.drivers.libvirt.backend_files import FileBackend
-from agent.drivers.libvirt.definition import InstanceFiles
+from agent.drivers.libvirt.definition import InstanceFiles, Tuning
 from agent.drivers.libvirt.files import MIB, check_id, os_errors, write_durably
 from agent.drivers.libvirt.settings import LibvirtSettings
-from agent.drivers.libvirt.volumes import ROOT, Backend, Volume
+from agent.drivers.libvirt.volumes import Backend, Location, Volume
 from agent.errors import Cancelled, InvalidArgument
 from agent.messages.spec import InstanceSpec
+from agent.messages.spec_disks import CdromDisk
 
 _MAX_ROTATED: Final = 8
 
@@ -40,30 +42,35 @@ class Storage:
         """Return what keeps this disk of the spec."""
         return self._backend
 
-    def files(self, instance_id: str) -> InstanceFiles:
+    def files(self, instance_id: str, spec: InstanceSpec) -> InstanceFiles:
         """Name the instance's files. Raises `InvalidArgument` if the id is no UUID in lower case."""
         folder = self._folder(instance_id)
+        disks = {name: self.backend(spec, name).locate(Volume(instance_id, name)) for name in spec.disks_by_name()}
         return InstanceFiles(
-            disks={ROOT: self._backend.locate(Volume(instance_id, ROOT))},
+            disks=disks,
             seed=folder / "seed.iso",
-            console_log=folder / "console.log",
+            console_log=self.console_log(instance_id),
+            tuning={name: self._tuning(location) for name, location in disks.items()},
         )
 
-    def create(self, instance_id: str, spec: InstanceSpec, image: PreparedImage | None, call: CallContext) -> None:
-        """Make disk, seed and an empty console log; finished files are kept. See `Driver.create_storage`."""
-        size = spec.root_disk.size_mib * MIB
-        if image is not None and image.virtual_size_bytes > size:
-            raise InvalidArgument(
-                f"the root disk of {spec.root_disk.size_mib} MiB is smaller than the image, which needs "
-                f"{-(-image.virtual_size_bytes // MIB)} MiB",
-                code="disk_too_small",
-                size_mib=spec.root_disk.size_mib,
-                image_mib=-(-image.virtual_size_bytes // MIB),
-            )
+    def console_log(self, instance_id: str) -> Path:
+        """Where the console's log is. Raises `InvalidArgument` if the id is no UUID in lower case."""
+        return self._folder(instance_id) / "console.log"
+
+    def create(
+        self, instance_id: str, spec: InstanceSpec, images: Mapping[str, PreparedImage], call: CallContext
+    ) -> None:
+        """Make disks, seed and an empty console log; finished files are kept. See `Driver.create_storage`."""
+        for name, disk in spec.disks_by_name().items():
+            if not isinstance(disk, CdromDisk):
+                _check_size(name, disk.size_mib, images.get(name))
         iso = seed.build(instance_id, spec) if spec.seed is not None else None
-        files = self.files(instance_id)
+        files = self.files(instance_id, spec)
         _check_cancelled(call)
-        self._backend.create(Volume(instance_id, ROOT), size, image, call)
+        for name, disk in spec.disks_by_name().items():
+            if not isinstance(disk, CdromDisk):
+                volume = Volume(instance_id, name)
+                self.backend(spec, name).create(volume, disk.size_mib * MIB, images.get(name), call)
         call.progress(80.0)
         with os_errors("making the instance's files"):
             if iso is not None and not files.seed.exists():
@@ -85,16 +92,15 @@ class Storage:
             else:
                 folder.unlink()
 
-    def cache_mode(self, instance_id: str) -> str:
-        """Return the disk cache mode: the configured one, or `writeback` where O_DIRECT is missing."""
+    def _tuning(self, disk: Location) -> Tuning:
+        """The configured cache mode, or `writeback` where O_DIRECT is missing."""
         mode = self._settings.disk_cache
         if mode not in ("none", "directsync"):
-            return mode
-        disk = self.files(instance_id).disks[ROOT]
+            return Tuning(mode)
         # The mode also holds for the image below, which may be on another file system.
         backing = _backing_file(disk.path) if disk.format == "qcow2" else None
         direct = all(_supports_direct(path) for path in (disk.path, backing) if path is not None)
-        return mode if direct else "writeback"
+        return Tuning(mode if direct else "writeback")
 
     def space_mib(self) -> tuple[int, int]:
         """Return total and free MiB of the file system that holds, or will hold, the instances."""
@@ -102,7 +108,7 @@ class Storage:
 
     def console_tail(self, instance_id: str, max_bytes: int) -> ConsoleChunk:
         """Read the last `max_bytes` of the console log, rotated parts included; empty without a log."""
-        log = self.files(instance_id).console_log
+        log = self.console_log(instance_id)
         parts = [log, *(log.with_name(f"{log.name}.{number}") for number in range(_MAX_ROTATED))]
         data = b""
         with os_errors("reading the console log"):
@@ -121,6 +127,15 @@ class Storage:
 
     def _folder(self, instance_id: str) -> Path:
         return self.root / check_id(instance_id)
+
+
+def _check_size(name: str, size_mib: int, image: PreparedImage | None) -> None:
+    if image is not None and image.virtual_size_bytes > size_mib * MIB:
+        needed = -(-image.virtual_size_bytes // MIB)
+        raise InvalidArgument(
+            f"disk {name} of {size_mib} MiB is smaller than its image, which needs {needed} MiB",
+            code="disk_too_small", disk=name, size_mib=size_mib, image_mib=needed,
+        )  # fmt: skip
 
 
 def _check_cancelled(call: CallContext) -> None:

@@ -14,6 +14,7 @@ from agent.drivers.libvirt.volumes import ROOT, Volume
 from agent.drivers.libvirt.xml_rescue import RESCUE
 from agent.errors import FailedPrecondition, InvalidArgument
 from agent.messages.spec import InstanceSpec
+from agent.messages.spec_disks import EphemeralDisk, SwapDisk
 
 NEW: Final = "_new"
 """Added to a disk's name while its successor waits beside it. No disk of a spec can have such a name."""
@@ -25,14 +26,15 @@ class LibvirtRebuild(Parts):
 
     def prepare_rebuild(self, instance_id: str, spec: InstanceSpec, image: PreparedImage, call: CallContext) -> None:
         iso = seed.build(instance_id, spec) if spec.seed is not None else None
-        size = _size_for(image, spec.root_disk.size_mib)
+        _check_size(image, spec.root_disk.size_mib)
         self._find_owned(instance_id)
-        backend, new = self._storage.backend(spec, ROOT), Volume(instance_id, ROOT + NEW)
-        # What is there may be of another image: of a rebuild that failed after its point of no return.
-        backend.remove(new)
-        backend.create(new, size, image, call)
+        for name, size_mib in _made_anew(spec).items():
+            backend, new = self._storage.backend(spec, name), Volume(instance_id, name + NEW)
+            # What is there may be of another image: of a rebuild that failed after its point of no return.
+            backend.remove(new)
+            backend.create(new, size_mib * MIB, image if name == ROOT else None, call)
         with os_errors("making the instance's files"):
-            waiting = self._storage.files(instance_id).seed.with_name(_NEW_SEED)
+            waiting = self._storage.files(instance_id, spec).seed.with_name(_NEW_SEED)
             waiting.unlink(missing_ok=True)
             if iso is not None:
                 write_durably(waiting, iso)
@@ -42,18 +44,19 @@ class LibvirtRebuild(Parts):
         with self._link.call() as connection:
             if domains.find_owned(connection, instance_id).isActive():
                 raise FailedPrecondition("the guest runs and would lose its disks; stop it", code="instance_running")
-        backend = self._storage.backend(spec, ROOT)
-        backend.replace(Volume(instance_id, ROOT), Volume(instance_id, ROOT + NEW))
-        current = self._storage.files(instance_id).seed
+        for name in _made_anew(spec):
+            self._storage.backend(spec, name).replace(Volume(instance_id, name), Volume(instance_id, name + NEW))
+        current = self._storage.files(instance_id, spec).seed
         waiting = current.with_name(_NEW_SEED)
         with os_errors("replacing the seed"):
             if waiting.exists():
                 waiting.replace(current)
 
     def discard_rebuild(self, instance_id: str, spec: InstanceSpec) -> None:
-        self._storage.backend(spec, ROOT).remove(Volume(instance_id, ROOT + NEW))
+        for name in _made_anew(spec):
+            self._storage.backend(spec, name).remove(Volume(instance_id, name + NEW))
         with os_errors("removing the new seed"):
-            self._storage.files(instance_id).seed.with_name(_NEW_SEED).unlink(missing_ok=True)
+            self._storage.files(instance_id, spec).seed.with_name(_NEW_SEED).unlink(missing_ok=True)
 
     def create_rescue_disk(self, instance_id: str, spec: InstanceSpec, image: PreparedImage, call: CallContext) -> None:
         self._find_owned(instance_id)
@@ -75,8 +78,14 @@ class LibvirtRebuild(Parts):
             domains.find_owned(connection, instance_id)
 
 
-def _size_for(image: PreparedImage, size_mib: int) -> int:
-    """The root disk's size in bytes. Raises `InvalidArgument` where the image needs more."""
+def _made_anew(spec: InstanceSpec) -> dict[str, int]:
+    """The disks that a rebuild makes anew, with their sizes in MiB; all others are kept."""
+    scratch = {disk.name: disk.size_mib for disk in spec.disks if isinstance(disk, EphemeralDisk | SwapDisk)}
+    return {ROOT: spec.root_disk.size_mib, **scratch}
+
+
+def _check_size(image: PreparedImage, size_mib: int) -> None:
+    """Raises `InvalidArgument` where the image needs more than the root disk has."""
     needed_mib = -(-image.virtual_size_bytes // MIB)
     if needed_mib > size_mib:
         raise InvalidArgument(
@@ -85,4 +94,3 @@ def _size_for(image: PreparedImage, size_mib: int) -> int:
             size_mib=size_mib,
             image_mib=needed_mib,
         )
-    return size_mib * MIB

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from agent.drivers.base import CallContext, PreparedImage
+from agent.messages.spec import ROOT
 from agent.messages.types import DiskFormat
 
-ROOT = "root"
-"""The root disk's name."""
+__all__ = ["ROOT", "Backend", "Location", "Volume"]
 
 
 @dataclass(frozen=True, slots=True)

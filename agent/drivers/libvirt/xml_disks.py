@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final, Literal
 from xml.etree import ElementTree as ET
 
-from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
+from agent.drivers.libvirt.definition import HostFacts, InstanceFiles, Tuning
 from agent.drivers.libvirt.volumes import ROOT
 from agent.messages.spec import InstanceSpec
 
@@ -29,7 +29,8 @@ def _root_disk(spec: InstanceSpec, facts: HostFacts, files: InstanceFiles) -> ET
     driver = ET.SubElement(disk, "driver", {"name": "qemu", "type": root.format})
     if facts.domain_type != "test":
         # A full host pauses the guest, which goes on when there is space; other errors are the guest's affair.
-        driver.attrib.update({"cache": facts.disk_cache, "discard": "unmap", "error_policy": "enospace"})
+        cache = files.tuning.get(ROOT, Tuning()).cache
+        driver.attrib.update({"cache": cache, "discard": "unmap", "error_policy": "enospace"})
     ET.SubElement(disk, "source", {"file": str(root.path)})
     bus = spec.root_disk.bus
     ET.SubElement(disk, "target", {"dev": _ROOT_TARGET[bus], "bus": bus})

@@ -69,8 +69,8 @@ class LifeContract:
             verb()
             assert instance.power == before
 
-        driver.create_storage(instance.id, instance.spec, None, CallContext())
-        driver.create_storage(instance.id, instance.spec, None, CallContext())
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
         twice(lambda: driver.define(instance.id, instance.spec, generation=1))
         twice(lambda: driver.start(instance.id))
         if "instance.pause" in verbs:

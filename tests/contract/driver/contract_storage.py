@@ -23,9 +23,9 @@ class StorageContract:
     """Files of instances."""
 
     def test_repeated_creation_keeps_the_disk(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
-        driver.create_storage(instance.id, instance.spec, None, CallContext())
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
         before = {path: path.stat().st_ino for path in files_of(tmp_path, instance.id)}
-        driver.create_storage(instance.id, instance.spec, None, CallContext())
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
         assert {path: path.stat().st_ino for path in files_of(tmp_path, instance.id)} == before
 
     def test_nothing_is_left(self, driver: Driver, tmp_path: Path) -> None:
@@ -37,14 +37,14 @@ class StorageContract:
         assert not files_of(tmp_path, instance.id)
 
     def test_storage_can_be_removed_without_a_domain(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
-        driver.create_storage(instance.id, instance.spec, None, CallContext())
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
         driver.delete_storage(instance.id)
         assert not files_of(tmp_path, instance.id)
 
     def test_image_is_not_changed(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
         image = make_image(tmp_path / "image.raw", 8)
         before = image.path.stat()
-        driver.create_storage(instance.id, instance.spec, image, CallContext())
+        driver.create_storage(instance.id, instance.spec, {"root": image}, CallContext())
         driver.define(instance.id, instance.spec, generation=1)
         driver.start(instance.id)
         instance.remove()
@@ -54,19 +54,19 @@ class StorageContract:
     def test_disk_smaller_than_its_image(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
         image = make_image(tmp_path / "image.raw", 17)
         with pytest.raises(InvalidArgument) as caught:
-            driver.create_storage(instance.id, instance.spec, image, CallContext())
+            driver.create_storage(instance.id, instance.spec, {"root": image}, CallContext())
         assert caught.value.code == "disk_too_small"
         assert not files_of(tmp_path, instance.id)
 
     def test_cancelled_creation_leaves_nothing(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
         with pytest.raises(Cancelled):
-            driver.create_storage(instance.id, instance.spec, None, CallContext(cancelled=lambda: True))
+            driver.create_storage(instance.id, instance.spec, {}, CallContext(cancelled=lambda: True))
         driver.delete_storage(instance.id)
         assert not files_of(tmp_path, instance.id)
 
     def test_progress_rises(self, driver: Driver, instance: Instance) -> None:
         seen: list[float] = []
-        driver.create_storage(instance.id, instance.spec, None, CallContext(progress=seen.append))
+        driver.create_storage(instance.id, instance.spec, {}, CallContext(progress=seen.append))
         assert seen == sorted(seen)
         assert all(0 <= percent <= 100 for percent in seen)
 
@@ -79,5 +79,5 @@ class StorageContract:
         with pytest.raises(InvalidArgument):
             driver.delete_storage(bad)
         with pytest.raises(InvalidArgument):
-            driver.create_storage(bad, make_spec(), None, CallContext())
+            driver.create_storage(bad, make_spec(), {}, CallContext())
         assert precious.is_dir()

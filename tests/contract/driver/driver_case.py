@@ -163,7 +163,7 @@ class Instance:
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def create(self, *, generation: int = 1, start: bool = False) -> Instance:
-        self.driver.create_storage(self.id, self.spec, None, CallContext())
+        self.driver.create_storage(self.id, self.spec, {}, CallContext())
         self.driver.define(self.id, self.spec, generation=generation)
         if start:
             self.driver.start(self.id)
