@@ -26,8 +26,9 @@ _POWER: Final = frozenset(
         "instance.reset",
         "instance.pause",
         "instance.resume",
-        "instance.crash-dump",
+        "instance.trigger-crash-dump",
         "instance.memory-dump",
+        "instance.set-policy",
     }
 )
 
@@ -46,11 +47,11 @@ FORBIDDEN: Final[Mapping[Situation, frozenset[str]]] = {
 _UNCONCERNED: Final = frozenset({"instance.create"})
 """Verbs whose instance is not there yet, or that have a say of their own."""
 
-_SENTENCES: Final[Mapping[Situation, str]] = {
-    "soft_deleted": "the instance is deleted; restore it first, or delete it for good",
-    "shelved": "the instance is shelved and has no disks here; unshelve it first",
-    "rescued": "the instance is rescued; unrescue it first",
-    "resizing": "a resize of the instance waits; confirm or revert it first",
+_REFUSALS: Final[Mapping[Situation, tuple[str, str]]] = {
+    "soft_deleted": ("the instance is deleted; restore it first, or delete it for good", "instance_soft_deleted"),
+    "shelved": ("the instance is shelved and has no disks here; unshelve it first", "instance_shelved"),
+    "rescued": ("the instance is rescued; unrescue it first", "instance_rescued"),
+    "resizing": ("a resize of the instance waits; confirm or revert it first", "resize_pending"),
 }
 
 
@@ -78,14 +79,15 @@ def forbid(op: Operation) -> None:
     """Refuse a verb that the instance's situation forbids. What was begun is not asked again.
 
     Raises `FailedPrecondition` with code `instance_soft_deleted`, `instance_shelved`, `instance_rescued` or
-    `instance_resizing`.
+    `resize_pending`.
     """
     if op.begun or op.record.state == "undoing" or op.record.instance_id is None:
         return
     record = op.ctx.instances.find(op.record.instance_id)
     situation = None if record is None else situation_of(record.life)
     if situation is not None and not is_allowed(op.record.verb, situation):
-        raise FailedPrecondition(_SENTENCES[situation], code=f"instance_{situation}")
+        sentence, code = _REFUSALS[situation]
+        raise FailedPrecondition(sentence, code=code)
 
 
 def guarded(route: Route) -> Route:

@@ -65,7 +65,7 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("instance_not_shelved", errors.FailedPrecondition, "The instance is not shelved."),
     ErrorCode("instance_soft_deleted", errors.FailedPrecondition, "The instance is deleted, but can be restored yet."),
     ErrorCode("instance_not_soft_deleted", errors.FailedPrecondition, "There is no soft delete to be taken back."),
-    ErrorCode("instance_resizing", errors.FailedPrecondition, "A resize waits to be confirmed or reverted."),
+    ErrorCode("resize_pending", errors.FailedPrecondition, "A resize waits; confirm or revert it first."),
     ErrorCode("delete_not_due", errors.FailedPrecondition, "The instance is not soft-deleted, or can be restored yet."),
     ErrorCode("host_disabled", errors.FailedPrecondition, "The host takes no new instances; see `host.set-enabled`."),
     ErrorCode("too_late_to_cancel", errors.FailedPrecondition, "The operation is past its point of no return."),
