@@ -11,7 +11,7 @@ import pytest
 from libvirt_specs import INSTANCE_ID
 
 from agent.drivers.base import CallContext, PreparedImage
-from agent.drivers.libvirt.qemu_img import _error as qemu_img_error
+from agent.drivers.libvirt.programs import failure
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
 from agent.errors import (
@@ -67,7 +67,7 @@ def test_an_overlay_has_the_asked_size_and_explicit_formats(tmp_path, image):
     assert '"backing-filename-format": "qcow2"' in info
     assert files.seed.stat().st_size > 0
     assert stat.S_IMODE(files.disks["root"].path.parent.stat().st_mode) == 0o711
-    assert sorted(path.name for path in files.disks["root"].path.parent.iterdir()) == ["console.log", "disk.qcow2", "seed.iso"]
+    assert sorted(path.name for path in files.disks["root"].path.parent.iterdir()) == ["console.log", "disk.qcow2", "seed.iso", "volumes.json"]
 
 
 @needs_qemu_img
@@ -124,7 +124,9 @@ def test_a_failing_qemu_img_leaves_no_disk(tmp_path, script, error, code):
     with pytest.raises(error) as caught:
         kept.create(INSTANCE_ID, spec(), {}, CallContext())
     assert caught.value.code == code
-    assert not list(tmp_path.glob("instances/*/*"))
+    assert [path.name for path in tmp_path.glob("instances/*/*")] == ["volumes.json"]
+    kept.delete(INSTANCE_ID)
+    assert not list(tmp_path.glob("instances/*"))
 
 
 def test_a_missing_qemu_img_is_named(tmp_path):
@@ -147,7 +149,7 @@ def test_a_full_disk_is_recognised_from_the_operating_system(tmp_path, monkeypat
 
 
 def test_quota_is_full_too():
-    assert qemu_img_error(f"x: {os.strerror(errno.EDQUOT)}").code == "no_space"
+    assert failure("qemu-img", f"x: {os.strerror(errno.EDQUOT)}").code == "no_space"
 
 
 def test_cancelling_stops_before_the_disk(tmp_path):

@@ -9,16 +9,45 @@ from libvirt_specs import INSTANCE_ID, SPECS
 from lxml import etree
 
 from agent.drivers.libvirt import xml, xml_devices
-from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
+from agent.drivers.libvirt.definition import HostFacts, InstanceFiles, Tuning
+from agent.drivers.libvirt.encryption import sealed
 from agent.drivers.libvirt.volumes import Location
 from agent.errors import InvalidArgument
 from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
+from agent.messages.spec_disks import CdromDisk
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
-FILES = InstanceFiles(
-    disks={"root": Location("file", Path("/srv/it's <odd> & \"strange\"/disk.qcow2"), "qcow2")},
-    seed=Path("/srv/i/seed.iso"),
-    console_log=Path("/srv/i/console.log"),
+ODD = Path("/srv/it's <odd> & \"strange\"")
+
+
+def files(spec: InstanceSpec, tuning: Tuning | None = None) -> InstanceFiles:
+    """Where the spec's disks would be: every other one on a block device."""
+    places, access = {}, {}
+    for number, (name, disk) in enumerate(spec.disks_by_name().items()):
+        encrypted = getattr(disk, "encryption", None)
+        seal = sealed(INSTANCE_ID, name, encrypted.key) if encrypted else None
+        if number % 2 and not isinstance(disk, CdromDisk):
+            places[name] = Location("block", Path("/dev/vg") / name, "raw", seal)
+        else:
+            places[name] = Location("file", ODD / f"{name}.qcow2", "qcow2", seal)
+        if tuning is not None:
+            access[name] = tuning
+    return InstanceFiles(
+        disks=places,
+        seed=Path("/srv/i/seed.iso"),
+        console_log=Path("/srv/i/console.log"),
+        tuning=access,
+        kernel=ODD / "kernel" if spec.boot.kernel else None,
+        initrd=ODD / "initrd" if spec.boot.kernel and spec.boot.kernel.initrd else None,
+    )
+
+
+TUNINGS = st.builds(
+    Tuning,
+    cache=st.sampled_from(["none", "writeback", "writethrough", "directsync", "unsafe"]),
+    io=st.sampled_from([None, "threads", "native", "io_uring"]),
+    discard=st.booleans(),
+    detect_zeroes=st.booleans(),
 )
 FACTS = st.builds(
     HostFacts,
@@ -42,8 +71,8 @@ PLAIN = HostFacts(
 SMALL = InstanceSpec(name="vm", vcpus=1, memory_mib=64, root_disk=RootDisk(size_mib=1))
 
 
-def build(spec: InstanceSpec, facts: HostFacts = PLAIN) -> etree._Element:
-    text = xml.build(INSTANCE_ID, spec, generation=7, host="h1", facts=facts, files=FILES)
+def build(spec: InstanceSpec, facts: HostFacts = PLAIN, tuning: Tuning | None = None) -> etree._Element:
+    text = xml.build(INSTANCE_ID, spec, generation=7, host="h1", facts=facts, files=files(spec, tuning))
     return etree.fromstring(text)
 
 
@@ -55,11 +84,18 @@ def schema() -> etree.RelaxNG:
 
 
 @settings(max_examples=150, deadline=None)
-@given(spec=SPECS, facts=FACTS)
-def test_every_definition_is_valid_by_libvirts_own_schema(schema, spec, facts):
-    document = build(spec, facts)
+@given(spec=SPECS, facts=FACTS, tuning=TUNINGS)
+def test_every_definition_is_valid_by_libvirts_own_schema(schema, spec, facts, tuning):
+    document = build(spec, facts, tuning)
     assert schema.validate(document), schema.error_log
-    assert document.find("devices/disk/source").get("file") == str(FILES.disks["root"].path)
+    assert document.find("devices/disk/source").get("file") == str(files(spec).disks["root"].path)
+    devices = [target.get("dev") for target in document.iterfind("devices/disk/target")]
+    assert len(set(devices)) == len(devices) == 1 + len(spec.disks) + (spec.seed is not None)
+    orders = sorted(int(boot.get("order")) for boot in document.iterfind("devices/disk/boot"))
+    assert orders == list(range(1, len(orders) + 1))
+    assert "passphrase" in etree.tostring(document).decode() or not any(
+        getattr(disk, "encryption", None) for disk in spec.disks_by_name().values()
+    )
 
 
 @settings(max_examples=30, deadline=None)

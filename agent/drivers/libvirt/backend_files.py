@@ -5,23 +5,25 @@ A file gets its final name only when it is complete, so what has that name is ke
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Final
 
-from agent.drivers.base import CallContext, PreparedImage
+from agent.drivers.base import CallContext
 from agent.drivers.libvirt import qemu_img
+from agent.drivers.libvirt.encryption import Key
 from agent.drivers.libvirt.files import MIB, check_id, make_folder, os_errors, space_mib, sync
 from agent.drivers.libvirt.settings import LibvirtSettings
-from agent.drivers.libvirt.volumes import ROOT, Location, Volume
+from agent.drivers.libvirt.volumes import ROOT, Location, Source, Volume
 from agent.errors import NotFound, ResourceExhausted
 from agent.messages.types import DiskFormat
 
 _PREFIX: Final = "disk-"
+_PART: Final = ".part"
 
 
 class FileBackend:
-    """See `volumes.Backend`. `format` is that of new disks."""
+    """See `volumes.Keeper`. `format` is that of its disks."""
 
     def __init__(self, settings: LibvirtSettings, root: Path, format: DiskFormat) -> None:
         self._settings = settings
@@ -35,51 +37,67 @@ class FileBackend:
     def exists(self, volume: Volume) -> bool:
         return self.locate(volume).path.exists()
 
-    def create(self, volume: Volume, size_bytes: int, image: PreparedImage | None, call: CallContext) -> None:
-        del call  # an overlay is made at once
+    def create(
+        self, volume: Volume, size_bytes: int, source: Source | None, key: Key | None, call: CallContext
+    ) -> None:
         disk = self.locate(volume).path
         with os_errors("making a disk"):
             make_folder(disk.parent)
             if disk.exists():
                 return
             self._check_space()
-            part = disk.with_name(disk.name + ".part")
+            part = disk.with_name(disk.name + _PART)
             part.unlink(missing_ok=True)
             try:
-                self._make(part, size_bytes, image)
+                if key is None:
+                    self._make(part, size_bytes, source, call)
+                else:
+                    self._make_encrypted(part, size_bytes, source, key, call)
                 sync(part)
                 part.rename(disk)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
 
-    def size_bytes(self, volume: Volume) -> int:
+    def size_bytes(self, volume: Volume, key: Key | None) -> int:
         disk = self.locate(volume).path
         with os_errors("reading a disk's size"):
             if not disk.exists():
                 raise NotFound(f"the instance has no disk {volume.name}", code="disk_missing")
-            if self._format == "raw":
+            if self._format == "raw" and key is None:
                 return disk.stat().st_size
-        shown = qemu_img.run(self._settings, ["info", "-U", "-f", "qcow2", "--output=json", "--", str(disk)])
-        return int(json.loads(shown)["virtual-size"])
+        return qemu_img.virtual_size(self._settings, disk, self._format, key)
 
-    def grow(self, volume: Volume, size_bytes: int) -> None:
-        if self.size_bytes(volume) >= size_bytes:
+    def grow(self, volume: Volume, size_bytes: int, key: Key | None) -> None:
+        if self.size_bytes(volume, key) >= size_bytes:
             return
         disk = self.locate(volume).path
-        qemu_img.run(self._settings, ["resize", "-q", "-f", self._format, "--", str(disk), str(size_bytes)])
+        if key is None:
+            command = ["resize", "-q", "-f", self._format, "--", str(disk), str(size_bytes)]
+        else:
+            options = qemu_img.opened(disk, self._format, locked=True)
+            command = ["resize", "-q", "--image-opts", options, str(size_bytes)]
+        qemu_img.run(self._settings, command, key=key)
 
     def replace(self, volume: Volume, by: Volume) -> None:
         old, new = self.locate(volume).path, self.locate(by).path
         with os_errors("replacing a disk"):
             if new.exists():
                 new.replace(old)
+                sync(old.parent)
 
     def remove(self, volume: Volume) -> None:
         disk = self.locate(volume).path
         with os_errors("removing a disk"):
-            disk.unlink(missing_ok=True)
-            disk.with_name(disk.name + ".part").unlink(missing_ok=True)
+            for path in (disk, disk.with_name(disk.name + _PART)):
+                path.unlink(missing_ok=True)
+
+    def remove_folder(self, instance_id: str) -> None:
+        """Remove the instance's folder if nothing is left in it. Idempotent."""
+        folder = self._root / check_id(instance_id)
+        with os_errors("removing a folder of disks"):
+            if folder.is_dir() and not folder.is_symlink() and not os.listdir(folder):  # noqa: PTH208
+                folder.rmdir()
 
     def names(self, instance_id: str) -> list[str]:
         folder = self._root / check_id(instance_id)
@@ -89,6 +107,11 @@ class FileBackend:
 
     def space_mib(self) -> tuple[int, int]:
         return space_mib(self._root)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the instances' folders."""
+        return self._root
 
     def _check_space(self) -> None:
         _total, free = self.space_mib()
@@ -100,19 +123,42 @@ class FileBackend:
                 min_free_mib=self._settings.min_free_mib,
             )
 
-    def _make(self, part: Path, size_bytes: int, image: PreparedImage | None) -> None:
-        if self._format == "raw" and image is None:
-            with part.open("xb") as handle:
-                handle.truncate(size_bytes)
+    def _make(self, part: Path, size_bytes: int, source: Source | None, call: CallContext) -> None:
+        if self._format == "qcow2":
+            if source is None or source.lasting:
+                backing = [] if source is None else ["-F", source.format, "-b", str(source.path)]
+                command = ["create", "-q", "-f", "qcow2", *backing, "--", str(part), str(size_bytes)]
+                qemu_img.run(self._settings, command)
+            else:
+                self._convert(source, part, size_bytes, call)
             return
-        if self._format == "raw" and image is not None:
-            copy = ["convert", "-q", "-f", image.format, "-O", "raw", "--", str(image.path), str(part)]
-            if not self._settings.simulated:  # the simulation never opens its disks
-                qemu_img.run(self._settings, copy, timeout_s=max(self._settings.qemu_img_timeout_s, size_bytes / MIB))
-            with part.open("ab") as handle:
-                handle.truncate(size_bytes)
-            return
-        command = ["create", "-q", "-f", "qcow2"]
-        if image is not None:
-            command += ["-F", image.format, "-b", str(image.path)]
-        qemu_img.run(self._settings, [*command, "--", str(part), str(size_bytes)])
+        if source is not None and not source.lasting:
+            source.path.rename(part)
+        elif source is not None and not self._settings.simulated:  # the simulation never opens its disks
+            self._convert(source, part, size_bytes, call)
+        with part.open("ab") as handle:
+            handle.truncate(size_bytes)
+
+    def _convert(self, source: Source, part: Path, size_bytes: int, call: CallContext) -> None:
+        command = ["convert", "-q", "-f", source.format, "-O", self._format, "--", str(source.path), str(part)]
+        qemu_img.run(self._settings, command, timeout_s=copy_limit_s(self._settings, size_bytes), call=call)
+
+    def _make_encrypted(self, part: Path, size_bytes: int, source: Source | None, key: Key, call: CallContext) -> None:
+        # A whole copy: above a plain image in the cache, what the guest did not overwrite would lie open.
+        qemu_img.create_encrypted(self._settings, part, self._format, size_bytes, key)
+        if source is not None:
+            target = qemu_img.opened(part, self._format, locked=True)
+            copy_into(self._settings, source, target, size_bytes, key=key, call=call)
+
+
+def copy_limit_s(settings: LibvirtSettings, size_bytes: int) -> float:
+    """How long a copy may take: at least one MiB a second is to be expected."""
+    return max(settings.qemu_img_timeout_s, size_bytes / MIB)
+
+
+def copy_into(
+    settings: LibvirtSettings, source: Source, target: str, size_bytes: int, *, key: Key | None, call: CallContext
+) -> None:
+    """Write the source's content into a volume that is there, given as image options."""
+    command = ["convert", "-q", "-n", "-f", source.format, "--target-image-opts", str(source.path), target]
+    qemu_img.run(settings, command, timeout_s=copy_limit_s(settings, size_bytes), key=key, call=call)

@@ -114,9 +114,9 @@ def details(domain: Any, console_log: str | None) -> InstanceDetails:
         console_log=console_log,
         mac_addresses=tuple(str(mac.get("address")) for mac in root.findall(f"{devices}interface/mac")),
         disk_paths=tuple(
-            str(source.get("file"))
+            source.get("file") or source.get("dev") or ""
             for source in root.findall(f"{devices}disk[@device='disk']/source")
-            if source.get("file")
+            if source.get("file") or source.get("dev")
         ),
     )
 

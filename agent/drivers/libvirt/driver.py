@@ -7,6 +7,7 @@ call's block ends (`Link.call`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -20,7 +21,7 @@ from agent.drivers.base import (
     InstanceDetails,
     PreparedImage,
 )
-from agent.drivers.libvirt import binding, domains, errors, xml
+from agent.drivers.libvirt import binding, domains, encryption, errors, xml
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -110,6 +111,12 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         self._storage.create(instance_id, spec, images, call)
 
     def delete_storage(self, instance_id: str) -> None:
+        seals: list[encryption.Sealed] = []
+        with contextlib.suppress(FailedPrecondition):  # a damaged manifest: libvirtd forgets secrets by itself too
+            seals = self._storage.seals(instance_id)
+        if seals:
+            with self._link.call() as connection:
+                encryption.withdraw(connection, seals)
         self._storage.delete(instance_id)
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
@@ -149,6 +156,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             domain = domains.find_owned(connection, instance_id)
             if domain.isActive():
                 return
+            encryption.provide(connection, self._settings.keys_dir, self._storage.seals(instance_id))
             try:
                 domain.create()
             except libvirt.libvirtError as exc:

@@ -5,15 +5,58 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from agent.errors import InvalidArgument
+from agent.messages.types import NAME_PATTERN
 
 _SCHEMES = {"qemu", "qemu+unix", "test", "test+unix"}
 _QEMU_PATHS = {"/system", "/session"}
+
+
+class FileBackendSettings(BaseModel):
+    """Disks as files. `dir`: folder of the instances' folders, by default `instances_dir`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["qcow2", "raw"]
+    dir: Path | None = None
+
+
+class LvmBackendSettings(BaseModel):
+    """Disks as logical volumes of a volume group, or of a thin pool in it.
+
+    `wipe`: what a thick volume is overwritten with when it is removed. `program`: LVM's own, or one that takes its
+    subcommands. `device_dir`: where `<volume group>/<volume>` appears.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["lvm"]
+    volume_group: str = Field(pattern=r"^[A-Za-z0-9_+.][A-Za-z0-9_+.-]{0,63}$")
+    thin_pool: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+.][A-Za-z0-9_+.-]{0,63}$")
+    wipe: Literal["zero", "discard", "none"] = "zero"
+    program: str = "lvm"
+    device_dir: Path = Path("/dev")
+    timeout_s: float = Field(default=60.0, gt=0, le=3600)
+
+
+BackendSettings = Annotated[FileBackendSettings | LvmBackendSettings, Field(discriminator="type")]
+BackendName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+
+BUILT_IN: Final = "instances"
+"""The back end that is always there: files in `instances_dir`, qcow2 unless the configuration says otherwise."""
 
 
 class LibvirtSettings(BaseModel):
@@ -35,7 +78,23 @@ class LibvirtSettings(BaseModel):
     cpu_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """The CPU model of `cpu_mode` `custom`."""
     disk_cache: Literal["none", "writeback", "writethrough", "directsync", "unsafe"] = "none"
-    """Cache mode of the root disk. `none` becomes `writeback` on file systems without O_DIRECT."""
+    """Cache mode of disks whose spec says `auto`. On storage without O_DIRECT `none` becomes `writeback`, and
+    `directsync` `writethrough`."""
+    disk_io: Literal["auto", "threads", "native", "io_uring"] = "auto"
+    """How QEMU waits for disks whose spec says `auto`. `auto`: `native` for block devices without the host's cache,
+    else `threads`. `native` needs cache `none` or `directsync`, `io_uring` a kernel and QEMU that have it; else
+    it becomes `threads`."""
+    backends: dict[BackendName, BackendSettings] = Field(default_factory=dict)
+    """Where disks can be kept, by the name that specs use. `instances` is always there: qcow2 files in
+    `instances_dir`."""
+    default_backend: str = BUILT_IN
+    """The back end of disks whose spec names none. Disks that are there stay where they are."""
+    keys_dir: Path | None = None
+    """Folder of the keys of encrypted disks: one file per key, not accessible for others, no links. The file's
+    content is the passphrase, byte for byte."""
+    luks_iter_time_ms: int = Field(default=2000, ge=10, le=60_000)
+    """How long it takes to derive a disk's key from its passphrase, on the host that makes the disk. Keys that are
+    long and random need little."""
     vnc_listen: str = "127.0.0.1"
     """The address that VNC servers listen on; there is no password, so keep it private."""
     instances_dir: Path | None = None
@@ -67,7 +126,7 @@ class LibvirtSettings(BaseModel):
     def _address(cls, value: str) -> str:
         return str(ipaddress.ip_address(value))
 
-    @field_validator("instances_dir", "emulator")
+    @field_validator("instances_dir", "emulator", "keys_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_absolute():
@@ -78,6 +137,16 @@ class LibvirtSettings(BaseModel):
     def _model_for_custom(self) -> LibvirtSettings:
         if (self.cpu_mode == "custom") != (self.cpu_model is not None):
             raise ValueError("cpu_mode 'custom' and cpu_model belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _known_backend(self) -> LibvirtSettings:
+        if self.default_backend != BUILT_IN and self.default_backend not in self.backends:
+            raise ValueError(f"default_backend {self.default_backend!r} is none of the backends")
+        for name, backend in self.backends.items():
+            folder = backend.dir if isinstance(backend, FileBackendSettings) else backend.device_dir
+            if folder is not None and not folder.is_absolute():
+                raise ValueError(f"backends.{name}: the path must be absolute")
         return self
 
     @property

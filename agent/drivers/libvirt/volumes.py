@@ -1,4 +1,7 @@
-"""What holds an instance's disks: the small interface behind which files, block devices and LVM are alike."""
+"""What holds an instance's disks: the small interfaces behind which files, block devices and LVM are alike.
+
+`Backend` is what verbs work with (`Storage.backend`); `Keeper` is what a kind of storage has to offer for it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from agent.drivers.base import CallContext, PreparedImage
+from agent.drivers.libvirt.encryption import Key, Sealed
 from agent.messages.spec import ROOT
 from agent.messages.types import DiskFormat
 
-__all__ = ["ROOT", "Backend", "Location", "Volume"]
+__all__ = ["ROOT", "Backend", "Keeper", "Location", "Source", "Volume"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,27 @@ class Location:
     kind: Literal["file", "block"]
     path: Path
     format: DiskFormat
+    sealed: Sealed | None = None
+    """Set for an encrypted volume: LUKS inside qcow2, or around raw bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a new volume begins with. `lasting`: it stays as it is, so that a volume may refer to it for good;
+    otherwise it is a scratch file that can be taken.
+    """
+
+    path: Path
+    format: str
+    lasting: bool
 
 
 class Backend(Protocol):
-    """Keeps volumes. Every method but `locate` may take long and runs in a worker thread; calls for one volume come
-    one at a time. All are idempotent. They raise `ResourceExhausted` (`no_space`), `Unavailable`
-    (`storage_unavailable`), `DeadlineExceeded` and `Internal` (`storage_failed`, `qemu_img_failed`).
+    """Keeps one disk of a spec, and volumes that are to take its place. Every method but `locate` may take long and
+    runs in a worker thread; calls for one instance come one at a time. All are idempotent. They raise
+    `ResourceExhausted` (`no_space`), `Unavailable` (`storage_unavailable`), `DeadlineExceeded`, `Internal`
+    (`storage_failed`, `qemu_img_failed`, `program_failed`), and `FailedPrecondition` where the volume's own back end
+    is no longer configured or its key cannot be used.
     """
 
     def locate(self, volume: Volume) -> Location:
@@ -43,7 +62,9 @@ class Backend(Protocol):
         """Whether the finished volume is there."""
 
     def create(self, volume: Volume, size_bytes: int, image: PreparedImage | None, call: CallContext) -> None:
-        """Make a volume of this virtual size, with the content of `image` or empty. A finished one is kept as it is."""
+        """Make a volume of this virtual size, with the content of `image`, or as the spec's disk has it: empty, or
+        with a file system. A finished one is kept as it is. Back ends may round sizes up.
+        """
 
     def size_bytes(self, volume: Volume) -> int:
         """The virtual size. Raises `NotFound`."""
@@ -62,3 +83,29 @@ class Backend(Protocol):
 
     def space_mib(self) -> tuple[int, int]:
         """Total and free MiB."""
+
+
+class Keeper(Protocol):
+    """One configured storage: a folder, or a volume group. As `Backend`, but it knows neither spec nor manifest:
+    content and key are given. With a `key` the volume is (to be) encrypted.
+    """
+
+    def locate(self, volume: Volume) -> Location: ...
+
+    def exists(self, volume: Volume) -> bool: ...
+
+    def create(
+        self, volume: Volume, size_bytes: int, source: Source | None, key: Key | None, call: CallContext
+    ) -> None: ...
+
+    def size_bytes(self, volume: Volume, key: Key | None) -> int: ...
+
+    def grow(self, volume: Volume, size_bytes: int, key: Key | None) -> None: ...
+
+    def replace(self, volume: Volume, by: Volume) -> None: ...
+
+    def remove(self, volume: Volume) -> None: ...
+
+    def names(self, instance_id: str) -> list[str]: ...
+
+    def space_mib(self) -> tuple[int, int]: ...

@@ -10,7 +10,7 @@ from agent.drivers.libvirt import metadata, xml_machine, xml_rescue
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.definition import text_element as _text
 from agent.drivers.libvirt.xml_devices import console_and_helpers, interface, mac_addresses
-from agent.drivers.libvirt.xml_disks import disks
+from agent.drivers.libvirt.xml_disks import disks, kernel
 from agent.errors import InvalidArgument
 from agent.messages.life import ORDINARY, Life
 from agent.messages.spec import InstanceSpec
@@ -44,7 +44,7 @@ def build(
         kind.set("arch", facts.architecture)
         if facts.machine:
             kind.set("machine", facts.machine)
-    ET.SubElement(system, "boot", {"dev": "hd"})
+    kernel(system, spec, files)
     xml_machine.features(domain, spec, facts)
     if not simulated:
         xml_machine.cpu(domain, facts)
