@@ -47,11 +47,11 @@ FORBIDDEN: Final[Mapping[Situation, frozenset[str]]] = {
 _UNCONCERNED: Final = frozenset({"instance.create"})
 """Verbs whose instance is not there yet, or that have a say of their own."""
 
-_REFUSALS: Final[Mapping[Situation, tuple[str, str]]] = {
-    "soft_deleted": ("the instance is deleted; restore it first, or delete it for good", "instance_soft_deleted"),
-    "shelved": ("the instance is shelved and has no disks here; unshelve it first", "instance_shelved"),
-    "rescued": ("the instance is rescued; unrescue it first", "instance_rescued"),
-    "resizing": ("a resize of the instance waits; confirm or revert it first", "resize_pending"),
+_SENTENCES: Final[Mapping[Situation, str]] = {
+    "soft_deleted": "the instance is deleted; restore it first, or delete it for good",
+    "shelved": "the instance is shelved and has no disks here; unshelve it first",
+    "rescued": "the instance is rescued; unrescue it first",
+    "resizing": "a resize of the instance waits; confirm or revert it first",
 }
 
 
@@ -86,8 +86,20 @@ def forbid(op: Operation) -> None:
     record = op.ctx.instances.find(op.record.instance_id)
     situation = None if record is None else situation_of(record.life)
     if situation is not None and not is_allowed(op.record.verb, situation):
-        sentence, code = _REFUSALS[situation]
-        raise FailedPrecondition(sentence, code=code)
+        raise _refusal(situation)
+
+
+def _refusal(situation: Situation) -> FailedPrecondition:
+    sentence = _SENTENCES[situation]
+    match situation:
+        case "soft_deleted":
+            return FailedPrecondition(sentence, code="instance_soft_deleted")
+        case "shelved":
+            return FailedPrecondition(sentence, code="instance_shelved")
+        case "rescued":
+            return FailedPrecondition(sentence, code="instance_rescued")
+        case "resizing":
+            return FailedPrecondition(sentence, code="resize_pending")
 
 
 def guarded(route: Route) -> Route:
