@@ -32,6 +32,7 @@ from agent.drivers.executor import DriverExecutor
 from agent.drivers.registry import load_driver
 from agent.errors import ComputeError, DeadlineExceeded, Unavailable
 from agent.events import HypervisorEvents
+from agent.exports.service import Exports
 from agent.handlers import host, operation
 from agent.handlers.due import issue_due
 from agent.handlers.routes import ROUTES
@@ -115,6 +116,8 @@ class Agent:
             instances=Instances(),
             capacity=Capacity(settings.capacity.build()),
             images=images,
+            exports=Exports(settings.exports, self.state_dir / "exports"),
+            max_snapshots=settings.snapshots.max_per_instance,
             deadlines=settings.deadlines.build(),
             state=HostState(),
         )

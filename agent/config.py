@@ -22,6 +22,7 @@ from agent.bus.amqp import AmqpSettings
 from agent.core.capacity import Reservations
 from agent.core.context import Deadlines
 from agent.errors import InvalidArgument
+from agent.exports.policy import ExportPolicy
 from agent.images.policy import ImagePolicy
 from agent.messages.types import HostName
 
@@ -119,6 +120,14 @@ class PeriodicSection(Section):
     keep_operations_s: Seconds = Field(default=7 * 86_400.0, description="How long ended operations answer duplicates.")
 
 
+class SnapshotsSection(Section):
+    """Snapshots of instances."""
+
+    max_per_instance: Annotated[int, Field(ge=0, le=256)] = Field(
+        default=16, description="Snapshots that one instance may have; they grow its disk files."
+    )
+
+
 class HealthSection(Section):
     """The HTTP endpoint for /livez, /readyz and /metrics."""
 
@@ -148,6 +157,8 @@ class Settings(BaseSettings):
     bus: AmqpSettings
     driver: DriverSection = Field(default_factory=DriverSection)
     images: ImagePolicy = Field(default_factory=ImagePolicy)
+    exports: ExportPolicy = Field(default_factory=ExportPolicy)
+    snapshots: SnapshotsSection = Field(default_factory=SnapshotsSection)
     lanes: LanesSection = Field(default_factory=LanesSection)
     threads: ThreadsSection = Field(default_factory=ThreadsSection)
     deadlines: DeadlinesSection = Field(default_factory=DeadlinesSection)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
 from agent.drivers.base import Capabilities, DomainInfo, Driver, PreparedImage
+from agent.exports.service import Exports
 from agent.messages.spec import ImageSource
 
 if TYPE_CHECKING:
@@ -83,5 +84,8 @@ class Context:
     images: Images
     deadlines: Deadlines
     state: HostState
+    exports: Exports = field(default_factory=Exports)
+    max_snapshots: int = 16
+    """How many snapshots an instance may have."""
     heartbeat_now: Callable[[], None] = lambda: None
     """Asks for a heartbeat soon; many askings become one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import create, delete, power, read, rebuild, rescue, restore
+from agent.handlers import backup, create, delete, export, power, read, rebuild, rescue, restore, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
@@ -13,5 +13,8 @@ ROUTES: tuple[Route, ...] = (
     *rebuild.ROUTES,
     *rescue.ROUTES,
     *restore.ROUTES,
+    *export.ROUTES,
+    *backup.ROUTES,
+    *snapshot.ROUTES,
 )
 """As the modules have them: `guarded` is put around each where they are registered."""

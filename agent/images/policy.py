@@ -104,8 +104,13 @@ def check_hop(policy: ImagePolicy, scheme: str, host: str, *, has_user: bool) ->
     name = host.lower().rstrip(".")
     if not name:
         raise forbidden("the image's URL names no host")
-    if policy.allowed_hosts and not any(_host_matches(name, rule) for rule in policy.allowed_hosts):
+    if policy.allowed_hosts and not host_allowed(name, policy.allowed_hosts):
         raise forbidden(f"host {name!r} is not among the allowed image hosts")
+
+
+def host_allowed(name: str, rules: list[str]) -> bool:
+    """Whether a host's name (lower case, no final dot) is one of the rules' names, or below one with a leading dot."""
+    return any(_host_matches(name, rule) for rule in rules)
 
 
 def _host_matches(name: str, rule: str) -> bool:

@@ -152,6 +152,7 @@ RESULTS: dict[str, type[Outbound]] = {
     **verbs_resize.RESULTS,
     **verbs_image.RESULTS,
     **verbs_snapshot.RESULTS,
+    "snapshot.revert": InstanceView,
     **verbs_rebuild.RESULTS,
     **verbs_host.RESULTS,
 }

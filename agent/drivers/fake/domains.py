@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from agent.drivers.base import DomainInfo
 from agent.drivers.fake.settings import UNSTEERED, Steering, parse_labels
@@ -24,6 +25,7 @@ class Domain:
 
     Times are of the wall clock, since they have to hold over a restart. `pending` are the guest's acts to come,
     with their times. `boots` counts the boots that were completed before the present start.
+    `reverted_by` is the mark of the revert that the present definition came from.
     """
 
     id: str
@@ -40,6 +42,8 @@ class Domain:
     paused_at: float | None = None
     boots: int = 0
     pending: dict[str, float] = field(default_factory=dict)
+    snapshots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reverted_by: str | None = None
     steering: Steering = UNSTEERED
 
     @property
@@ -63,6 +67,7 @@ class Domain:
         self.spec_json = spec.model_dump_json(exclude_defaults=True)
         self.name, self.vcpus, self.memory_mib = spec.name, spec.vcpus, spec.memory_mib
         self.generation = generation
+        self.reverted_by = None
         self.life_json = None if life == ORDINARY else life.model_dump_json(exclude_none=True)
 
     def info(self) -> DomainInfo:

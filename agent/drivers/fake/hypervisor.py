@@ -126,7 +126,7 @@ class Hypervisor:
             if self.domains.owner_of(name) is not None:
                 raise AlreadyExists(f"the name {name!r} is taken")
             domain = Domain(str(uuid.uuid4()), name, vcpus, memory_mib, owned=False)
-            self._set_power(domain, "running", "booted")
+            self.set_power(domain, "running", "booted")
             return domain.id
 
     # --- power ------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Hypervisor:
             ):
                 if delay is not None:
                     domain.pending[act] = time.time() + delay
-            self._set_power(domain, "running", "booted")
+            self.set_power(domain, "running", "booted")
             self._schedule_all(domain)
 
     def ask_guest(self, instance_id: str, act: str) -> None:
@@ -175,14 +175,14 @@ class Hypervisor:
                 domain.boots += self._booted(domain)
                 domain.started_at = domain.paused_at = None
                 domain.pending.clear()
-                self._set_power(domain, power, reason)
+                self.set_power(domain, power, reason)
 
     def pause(self, domain: Domain, reason: str) -> None:
         """Stop the guest's time."""
         with self.lock:
             if domain.power == "running":
                 domain.paused_at = time.time()
-                self._set_power(domain, "paused", reason)
+                self.set_power(domain, "paused", reason)
 
     def resume(self, domain: Domain) -> None:
         """Let the guest's time run on, where it stopped."""
@@ -192,7 +192,7 @@ class Hypervisor:
                 domain.paused_at = None
                 domain.started_at = (domain.started_at or 0.0) + lost
                 domain.pending = {act: at + lost for act, at in domain.pending.items()}
-                self._set_power(domain, "running", "resumed")
+                self.set_power(domain, "running", "resumed")
                 self._schedule_all(domain)
 
     def io_error(self, instance_id: str, device: str, reason: str) -> None:
@@ -211,7 +211,8 @@ class Hypervisor:
         """Have an event delivered after those before it."""
         self._deliver(event)
 
-    def _set_power(self, domain: Domain, power: PowerState, reason: str) -> None:
+    def set_power(self, domain: Domain, power: PowerState, reason: str) -> None:
+        """Change it, keep it, tell it."""
         domain.power, domain.reason = power, reason
         self.domains.put(domain)
         self.emit(PowerChanged(domain.id, power, reason))

@@ -40,6 +40,7 @@ class Rule:
 
 RULES: Final[tuple[Rule, ...]] = (
     Rule("VIR_ERR_NO_DOMAIN", NotFound),
+    Rule("VIR_ERR_NO_DOMAIN_SNAPSHOT", NotFound, "unknown_snapshot"),
     Rule("VIR_ERR_DOM_EXIST", AlreadyExists),
     Rule("VIR_ERR_OPERATION_FAILED", AlreadyExists, phrase="already exists with uuid"),
     Rule("VIR_ERR_OPERATION_FAILED", AlreadyExists, phrase="is already defined with uuid"),

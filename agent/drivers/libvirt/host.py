@@ -19,12 +19,13 @@ from agent.drivers.libvirt.connection import Link, format_version
 from agent.drivers.libvirt.definition import HostFacts
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.storage import Storage
+from agent.drivers.verbs import snapshot
 from agent.errors import FailedPrecondition
 
 _log = structlog.get_logger(__name__)
 
-# The simulation has no console, and reboots without an event that could prove it.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"}
+# The simulation has no console, reboots without an event that could prove it, and its disks hold nothing.
+_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"} - snapshot.VERBS
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

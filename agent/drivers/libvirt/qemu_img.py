@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -11,7 +13,7 @@ from agent.drivers.base import CallContext
 from agent.drivers.libvirt import programs
 from agent.drivers.libvirt.encryption import Key
 from agent.drivers.libvirt.settings import LibvirtSettings
-from agent.errors import Internal
+from agent.errors import ComputeError, Internal, ResourceExhausted
 
 _SECRET: Final = "key"  # noqa: S105 - the name under which QEMU gets it
 _ATTEMPTS: Final = 5
@@ -80,3 +82,10 @@ def virtual_size(settings: LibvirtSettings, path: Path, format: str, key: Key | 
         options = opened(path, format, locked=True, block=path.is_block_device())
         shown = run(settings, ["info", "-U", "--output=json", "--image-opts", options], key=key)
     return int(json.loads(shown)["virtual-size"])
+
+
+def failure(message: str) -> ComputeError:
+    """Return the error for what qemu-img complained of."""
+    if os.strerror(errno.ENOSPC) in message or os.strerror(errno.EDQUOT) in message:
+        return ResourceExhausted("no space left for the disk", code="no_space")
+    return Internal(f"qemu-img failed: {message[-500:]}", code="qemu_img_failed")
