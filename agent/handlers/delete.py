@@ -12,6 +12,7 @@ from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.errors import NotFound
 from agent.handlers.restore import soft_delete
+from agent.handlers.shelve import remove_exports
 from agent.messages.commands import InstanceDelete
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import DeleteResult
@@ -28,10 +29,10 @@ async def delete(op: Operation, data: InstanceDelete) -> DeleteResult:
             "the instance is not deleted, or can be restored yet",
             code="delete_not_due",
         )
-    return await _remove(op)
+    return await _remove(op, data)
 
 
-async def _remove(op: Operation) -> DeleteResult:
+async def _remove(op: Operation, data: InstanceDelete) -> DeleteResult:
     """Remove an instance and everything it owns here. After a failure the same command with a new id goes on."""
     driver, instance_id = op.ctx.driver, op.instance_id
     if not op.done_before("destroy"):
@@ -51,10 +52,14 @@ async def _remove(op: Operation) -> DeleteResult:
         await op.mutate(driver.delete_storage, instance_id)
         return None
 
+    known = op.ctx.instances.find(instance_id)
+    shelf = None if known is None or data.keep_exports else known.life.shelf
     op.point_of_no_return()
     await op.step("destroy", destroy)
     await op.step("undefine", undefine)
     await op.step("storage", storage)
+    if shelf is not None:
+        await op.step("exports", lambda: remove_exports(op, shelf))  # they are the instance's disks
     known = op.ctx.instances.find(instance_id)
     if known is not None:
         op.ctx.instances.remove(instance_id)

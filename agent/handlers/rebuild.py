@@ -11,6 +11,7 @@ from agent.core.registry import Route
 from agent.handlers import halt
 from agent.handlers.create import prepared_image
 from agent.handlers.observe import read_back
+from agent.handlers.states import refuse_snapshots
 from agent.handlers.view import instance_view
 from agent.messages.results import InstanceView
 from agent.messages.spec import ROOT, InstanceSpec
@@ -49,6 +50,7 @@ async def rebuild(op: Operation, data: InstanceRebuild) -> InstanceView:
         await op.mutate(driver.apply_rebuild, instance_id, new)
         return None
 
+    await refuse_snapshots(op)
     found = await halt.look(op)
     image = await prepared_image(op, ROOT, data.image)
     await op.step("make", make, undo=discard)

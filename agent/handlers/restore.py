@@ -32,6 +32,11 @@ async def soft_delete(op: Operation, data: InstanceDelete) -> DeleteResult:
         "the instance is deleted already; delete it without restore_within_s to remove it now",
         code="instance_soft_deleted",
     )
+    require(
+        record.life.shelf is None,
+        "the instance is shelved: delete it for good, or unshelve it first",
+        code="instance_shelved",
+    )
     before = record.life.model_copy(update={"soft_delete": None})
     until = now() + timedelta(seconds=data.restore_within_s or 0.0)
     found = await halt.look(op, suspended=True, restore_until=until.isoformat())

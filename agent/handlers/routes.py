@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import backup, create, delete, export, power, read, rebuild, rescue, restore, snapshot
+from agent.handlers import backup, create, delete, export, power, read, rebuild, rescue, restore, shelve, snapshot
 
 ROUTES: tuple[Route, ...] = (
     *create.ROUTES,
@@ -13,6 +13,7 @@ ROUTES: tuple[Route, ...] = (
     *rebuild.ROUTES,
     *rescue.ROUTES,
     *restore.ROUTES,
+    *shelve.ROUTES,
     *export.ROUTES,
     *backup.ROUTES,
     *snapshot.ROUTES,

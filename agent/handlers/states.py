@@ -89,6 +89,22 @@ def forbid(op: Operation) -> None:
         raise _refusal(situation)
 
 
+async def refuse_snapshots(op: Operation) -> None:
+    """Refuse an instance with snapshots: they are inside the disks that are about to go. Before the first step only.
+
+    Raises `FailedPrecondition` (`instance_has_snapshots`).
+    """
+    if op.begun or op.record.state == "undoing" or "snapshot.list" not in op.ctx.state.capabilities.verbs:
+        return
+    found = await op.query(op.ctx.driver.list_snapshots, op.instance_id)
+    if found:
+        raise FailedPrecondition(
+            f"the instance has snapshots inside its disks ({', '.join(one.name for one in found[:5])}); remove them",
+            code="instance_has_snapshots",
+            snapshots=len(found),
+        )
+
+
 def _refusal(situation: Situation) -> FailedPrecondition:
     sentence = _SENTENCES[situation]
     match situation:

@@ -66,6 +66,7 @@ ERROR_CODES: Final[tuple[ErrorCode, ...]] = (
     ErrorCode("instance_soft_deleted", errors.FailedPrecondition, "The instance is deleted, but can be restored yet."),
     ErrorCode("instance_not_soft_deleted", errors.FailedPrecondition, "There is no soft delete to be taken back."),
     ErrorCode("resize_pending", errors.FailedPrecondition, "A resize waits; confirm or revert it first."),
+    ErrorCode("instance_has_snapshots", errors.FailedPrecondition, "Snapshots are inside the disks that would go."),
     ErrorCode("delete_not_due", errors.FailedPrecondition, "The instance is not soft-deleted, or can be restored yet."),
     ErrorCode("host_disabled", errors.FailedPrecondition, "The host takes no new instances; see `host.set-enabled`."),
     ErrorCode("too_late_to_cancel", errors.FailedPrecondition, "The operation is past its point of no return."),

@@ -45,12 +45,14 @@ class InstanceDelete(CommandData):
 
     With `restore_within_s` it is only stopped (ended after `timeout_s`), and `instance.restore` brings it back for so
     long; then it is removed. `if_overdue`: remove it only if it is soft-deleted and its time to be restored has passed.
+    A shelved instance's exports are removed with it unless `keep_exports`.
     """
 
     verb: ClassVar[str] = "instance.delete"
     restore_within_s: RestoreS | None = None
     timeout_s: TimeoutS = 60.0
     if_overdue: bool = False
+    keep_exports: bool = False
 
     @model_validator(mode="after")
     def _one_way(self) -> InstanceDelete:

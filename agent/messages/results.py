@@ -140,6 +140,8 @@ RESULTS: dict[str, type[Outbound]] = {
     "instance.rescue": InstanceView,
     "instance.unrescue": InstanceView,
     "instance.restore": InstanceView,
+    "instance.shelve": InstanceView,
+    "instance.unshelve": InstanceView,
     "instance.show": InstanceView,
     "instance.list": InstanceListResult,
     "console.log": ConsoleLogResult,

@@ -8,6 +8,7 @@ from agent.messages.spec import Seed
 from agent.messages.spec_disks import ImageSource
 from agent.messages.types import Outbound, TimeoutS
 from agent.messages.verb import CommandData
+from agent.messages.verbs_snapshot import ExportTarget, PutUrl
 
 
 class Halting(CommandData):
@@ -49,6 +50,34 @@ class InstanceRestore(CommandData):
     verb: ClassVar[str] = "instance.restore"
 
 
-COMMANDS: tuple[type[CommandData], ...] = (InstanceRebuild, InstanceRescue, InstanceUnrescue, InstanceRestore)
+class InstanceShelve(Halting):
+    """Stop the instance, export all its disks to `target`, and remove them from this host. Its name, id and definition
+    stay; it claims nothing else. Encrypted disks are refused, whose data would lie open.
+    """
+
+    verb: ClassVar[str] = "instance.shelve"
+    target: ExportTarget
+
+
+class InstanceUnshelve(CommandData):
+    """Make a shelved instance's disks again from their exports, and start it if it ran when it was shelved.
+
+    It must fit on the host. The exports are removed afterwards unless `keep_exports`. `url`: where to fetch them, with
+    `{disk}` for the disk's name, if not from where they were put (an address that needs a signature, say).
+    """
+
+    verb: ClassVar[str] = "instance.unshelve"
+    keep_exports: bool = False
+    url: PutUrl | None = None
+
+
+COMMANDS: tuple[type[CommandData], ...] = (
+    InstanceRebuild,
+    InstanceRescue,
+    InstanceUnrescue,
+    InstanceRestore,
+    InstanceShelve,
+    InstanceUnshelve,
+)
 RESULTS: dict[str, type[Outbound]] = {}
 """Verb → result, for the results that this module defines; those that return a shared one are in `results`."""

@@ -13,9 +13,18 @@ import pytest
 from support.fleet import World
 from test_life import BOOT_S, UP, Host
 
-from agent.messages.commands import InstanceDelete, InstanceShow, InstanceStart, InstanceStop
+from agent.messages.commands import HostShow, InstanceDelete, InstanceShow, InstanceStart, InstanceStop
 from agent.messages.spec import ImageSource, Seed, UserNic
-from agent.messages.verbs_rebuild import InstanceRebuild, InstanceRescue, InstanceRestore, InstanceUnrescue
+from agent.messages.spec_disks import DataDisk, EphemeralDisk
+from agent.messages.verbs_rebuild import (
+    InstanceRebuild,
+    InstanceRescue,
+    InstanceRestore,
+    InstanceShelve,
+    InstanceUnrescue,
+    InstanceUnshelve,
+)
+from agent.messages.verbs_snapshot import ExportTarget
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
@@ -44,12 +53,21 @@ def other(bootable: GuestImage, tmp_path_factory: pytest.TempPathFactory) -> Ima
 
 @pytest.fixture
 async def host(
-    world: World, libvirtd: PrivateLibvirtd, source: ImageSource, bootable: GuestImage, other: ImageSource
+    world: World,
+    libvirtd: PrivateLibvirtd,
+    source: ImageSource,
+    bootable: GuestImage,
+    other: ImageSource,
+    tmp_path: Path,
 ) -> Host:
     folders = [str(bootable.path.resolve().parent), str(Path(other.url.removeprefix("file://")).parent)]
-    agent = await world.libvirt_agent(
-        libvirtd, settings={"images": {"file_roots": folders}, "periodic": {"due_s": 0.2}}
-    )
+    (tmp_path / "shelf").mkdir()
+    settings = {
+        "images": {"file_roots": folders},
+        "periodic": {"due_s": 0.2},
+        "exports": {"stores": {"shelf": str(tmp_path / "shelf")}},
+    }
+    agent = await world.libvirt_agent(libvirtd, settings=settings)
     await agent.start()
     return Host(world, agent, source)
 
@@ -101,6 +119,76 @@ async def test_rebuild_boots_the_new_image_with_the_same_id_and_mac(
     assert (await host.do(InstanceShow(), guest))["observed"] == "stopped"
     await host.do(InstanceStart(), guest)
     assert boots(await booted(host, guest, 3)) == [1]
+    await host.do(InstanceDelete(), guest)
+    await host.world.judge(host.agent, (), libvirtd)
+
+
+def fill(host: Host, guest: str, disk: str) -> None:
+    """Write nines where a guest reads its count of boots, as a guest that used the disk would have."""
+    path = host.agent.state_dir / "instances" / guest / f"disk-{disk}.qcow2"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 0x39 {COUNT_AT} 512", path], check=True)
+
+
+async def test_rebuild_keeps_data_disks_and_makes_scratch_disks_anew(
+    host: Host, libvirtd: PrivateLibvirtd, other: ImageSource
+) -> None:
+    disks = [
+        DataDisk(kind="data", name="data", size_mib=16),
+        EphemeralDisk(kind="ephemeral", name="scratch", size_mib=16, filesystem="none"),
+    ]
+    guest = await host.create(host.spec("keeper", disks=disks), start=False)
+    fill(host, guest, "data")
+    fill(host, guest, "scratch")
+    await host.do(InstanceRebuild(image=other), guest)
+    await host.do(InstanceStart(), guest)
+    text = await host.console(guest, "guest: tick 1")
+    assert boots(text) == [OTHER + 1]
+    assert "guest: other=vdb sectors=32768 boots=999" in text
+    assert "guest: other=vdc sectors=32768 boots=0" in text
+    await host.do(InstanceRescue(image=other, force=True), guest)
+    second = await booted(host, guest, 2, "guest: tick 1")
+    assert f"guest: other=vdb sectors=524288 boots={OTHER + 1}" in second
+    assert "guest: other=vdc sectors=32768 boots=999" in second
+    assert not [name for name in folder(host, guest) if "_new" in name]
+    await host.do(InstanceDelete(), guest)
+    await host.world.judge(host.agent, (), libvirtd)
+
+
+async def test_shelve_and_unshelve_keep_what_was_written(
+    host: Host, libvirtd: PrivateLibvirtd, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    disks = [DataDisk(kind="data", name="data", size_mib=16)]
+    guest = await host.create(host.spec("hermit", disks=disks, nics=[UserNic(type="user")]), start=False)
+    fill(host, guest, "data")
+    await host.do(InstanceStart(), guest)
+    await booted(host, guest, 1)
+    macs = await mac_addresses(host, guest)
+    shelved = await host.do(InstanceShelve(target=ExportTarget(store="shelf", name="hermit")), guest)
+    assert (shelved["observed"], shelved["desired"]) == ("stopped", "stopped")
+    for disk in shelved["life"]["shelf"]["disks"]:
+        content = Path(disk["url"].removeprefix("file://")).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == disk["sha256"]
+    assert not (host.agent.state_dir / "instances" / guest).exists()
+    used = (await host.do(HostShow()))["heartbeat"]["inventory"]
+    assert [used[name]["used"] for name in ("VCPU", "MEMORY_MB", "DISK_GB")] == [0, 0, 0]
+    refusal = await host.refused(InstanceStart(), guest)
+    assert refusal.data["error"]["code"] == "instance_shelved"
+    assert "hermit" in libvirtd.virsh("list", "--all", "--name")  # its definition, with what it needs to return
+
+    await host.agent.kill()
+    await host.agent.start()
+    back = await host.do(InstanceUnshelve(), guest)
+    assert (back["observed"], "life" in back) == ("running", False)
+    text = await booted(host, guest, 1)
+    assert boots(text) == [2]
+    assert "guest: other=vdb sectors=32768 boots=999" in text
+    assert await mac_addresses(host, guest) == macs
+    assert list(shelf.iterdir()) == []
+    for name in ("disk.qcow2", "disk-data.qcow2"):  # whole: the exports they were made of are gone
+        path = host.agent.state_dir / "instances" / guest / name
+        shown = subprocess.run(["qemu-img", "info", "-U", path], check=True, capture_output=True, text=True).stdout
+        assert "backing file" not in shown
     await host.do(InstanceDelete(), guest)
     await host.world.judge(host.agent, (), libvirtd)
 

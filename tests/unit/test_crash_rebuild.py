@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,17 @@ from agent.drivers.fake.settings import Fault
 from agent.handlers import halt
 from agent.messages.commands import InstanceDelete, OperationCancel
 from agent.messages.spec import ImageSource
+from agent.messages.spec_disks import DataDisk
 from agent.messages.verb import CommandData
-from agent.messages.verbs_rebuild import InstanceRebuild, InstanceRescue, InstanceRestore, InstanceUnrescue
+from agent.messages.verbs_rebuild import (
+    InstanceRebuild,
+    InstanceRescue,
+    InstanceRestore,
+    InstanceShelve,
+    InstanceUnrescue,
+    InstanceUnshelve,
+)
+from agent.messages.verbs_snapshot import ExportTarget
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -24,7 +34,8 @@ async def world(
 ) -> AsyncIterator[World]:
     # An undo that is repeated waits this long for a guest that it has started itself before the agent died.
     monkeypatch.setattr(halt, "RESTART_WAIT_S", 1.0)
-    made = await World(tmp_path, store=request.param).open()
+    (tmp_path / "shelf").mkdir()
+    made = await World(tmp_path, store=request.param, exports={"stores": {"shelf": tmp_path / "shelf"}}).open()
     await made.start()
     yield made
     await made.stop()
@@ -116,6 +127,134 @@ async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> N
         if not died:
             return
     raise AssertionError("there were more commits than this test has rounds")
+
+
+def shelve(name: str = "one") -> InstanceShelve:
+    return InstanceShelve(target=ExportTarget(store="shelf", name=name))
+
+
+def exports(world: World) -> list[str]:
+    """What is in the store, with all that is half done there, and in the staging folder."""
+    staging = world.folder / "state" / "exports"
+    return sorted(path.name for folder in (world.folder / "shelf", staging) if folder.is_dir() for path in folder.iterdir())
+
+
+async def shelved(world: World, instance_id: str, wanted: bool) -> None:
+    """Everything says that it is shelved, or that it is not."""
+    record = world.agent.ctx.instances.get(instance_id)
+    info = await world.ask(world.driver.get, instance_id)
+    disks = list(world.driver._hypervisor.disks.all(instance_id))
+    used = world.agent.ctx.capacity.inventory([record], [])["VCPU"].used
+    kept = {record.id: record for record in await world.cut.instances()}
+    assert kept == {instance_id: record}
+    assert info.life == record.life
+    assert record.observed == info.power
+    assert len(world.driver._hypervisor.disks.all(instance_id)) == (0 if wanted else 2)
+    if wanted:
+        assert record.life.shelf is not None
+        assert not record.life.shelf.returning
+        assert (disks, used, info.power, record.desired) == ([], 0, "stopped", "stopped")
+        assert exports(world) == ["one-data.qcow2", "one-data.qcow2.sha256", "one.qcow2", "one.qcow2.sha256"]
+    else:
+        assert record.life.shelf is None
+        assert (disks, used, info.power, record.desired) == (["root", "data"], 1, "running", "running")
+        assert exports(world) == []
+
+
+async def with_two_disks(world: World) -> str:
+    return await world.create("vm", disks=[DataDisk(kind="data", name="data", size_mib=64)])
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("verb", ["shelve", "unshelve"])
+async def test_the_shelf_at_every_commit(world: World, verb: str, applied: bool) -> None:
+    for commits in range(20):
+        instance_id = await with_two_disks(world)
+        if verb == "unshelve":
+            assert (await world.do(shelve(), instance_id=instance_id)).kind == "operation.succeeded"
+        await world.quiet()
+        world.cut.after(commits, applied=applied)
+        operation_id = world.send(shelve() if verb == "shelve" else InstanceUnshelve(), instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        await world.final(operation_id)
+        await world.quiet()
+        assert [event.kind for event in world.finals(operation_id)] == ["operation.succeeded"], world.of(operation_id)
+        await shelved(world, instance_id, verb == "shelve")
+        world.check_sequence()
+        await world.do(InstanceDelete(), instance_id=instance_id)
+        await world.quiet()
+        assert world.owned_files() == []
+        assert exports(world) == []
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")
+
+
+@pytest.mark.parametrize(
+    ("verb", "call"),
+    [
+        ("shelve", "export_disks"),
+        ("shelve", "define"),
+        ("unshelve", "import_disk"),
+        ("unshelve", "create_storage"),
+        ("unshelve", "define"),
+        ("unshelve", "start"),
+    ],
+)
+async def test_the_shelf_when_a_call_fails(world: World, verb: str, call: str) -> None:
+    for commits in (None, 2, 4, 6, 8, 10):
+        instance_id = await with_two_disks(world)
+        if verb == "unshelve":
+            await world.do(shelve(), instance_id=instance_id)
+        await world.quiet()
+        world.driver.inject(Fault(call=call, error="internal", times=1))
+        if commits is not None:
+            world.cut.after(commits, applied=commits % 4 == 0)
+        operation_id = world.send(shelve() if verb == "shelve" else InstanceUnshelve(), instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        if world.cut.happened.is_set():
+            await world.crash()
+            await world.start()
+        world.cut.after(1_000_000, applied=False)
+        final = await world.final(operation_id)
+        await world.quiet()
+        assert len(world.finals(operation_id)) == 1
+        await shelved(world, instance_id, (final.kind == "operation.succeeded") == (verb == "shelve"))
+        await world.do(InstanceDelete(), instance_id=instance_id)
+        await world.quiet()
+        assert world.owned_files() == []
+        assert exports(world) == []
+
+
+async def test_an_export_that_was_changed_is_refused(world: World) -> None:
+    instance_id = await with_two_disks(world)
+    await world.do(shelve(), instance_id=instance_id)
+    export = world.folder / "shelf" / "one-data.qcow2"
+    export.write_bytes(export.read_bytes() + b"more")
+    final = await world.do(InstanceUnshelve(), instance_id=instance_id)
+    assert (final.kind, final.data["error"]["code"]) == ("operation.failed", "image_checksum_mismatch")
+    await world.quiet()
+    await shelved(world, instance_id, True)
+
+
+async def test_an_unshelve_needs_room(world: World) -> None:
+    """While it is shelved others may take its place; when it returns it must fit again."""
+    instance_id = await with_two_disks(world)
+    await world.do(shelve(), instance_id=instance_id)
+    world.agent.ctx.capacity.host = replace(world.agent.ctx.capacity.host, memory_mib=1000)
+    await world.create("other")
+    final = await world.do(InstanceUnshelve(), instance_id=instance_id)
+    assert (final.kind, final.data["error"]["code"]) == ("operation.rejected", "does_not_fit")
+    await shelved_beside(world, instance_id)
+
+
+async def shelved_beside(world: World, instance_id: str) -> None:
+    life = world.agent.ctx.instances.get(instance_id).life
+    assert life.shelf is not None
+    assert not life.shelf.returning
 
 
 CALLS = {

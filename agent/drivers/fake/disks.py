@@ -100,6 +100,7 @@ class Disks:
         self.used_mib += disk.size_mib - (0 if old is None else old.size_mib)
         self._by_id.setdefault(instance_id, {})[name] = disk
         if self.folder is not None:
+            (self.folder / instance_id).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / instance_id / (name + _SUFFIX), json.dumps(asdict(disk)))
 
     def remove_one(self, instance_id: str, name: str) -> None:

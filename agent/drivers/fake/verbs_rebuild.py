@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from agent.drivers.base import CallContext, PreparedImage
 from agent.drivers.fake.disks import NEW, RESCUE, Disk
 from agent.drivers.fake.parts import Parts
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.drivers.verbs.rebuild import ImportedDisk
+from agent.errors import FailedPrecondition, ImageRejected, InvalidArgument
 from agent.messages.spec import ROOT, InstanceSpec
-from agent.messages.spec_disks import EphemeralDisk, SwapDisk
+from agent.messages.spec_disks import CdromDisk, EphemeralDisk, SwapDisk
 
 _MIB = 1024 * 1024
 
@@ -64,3 +67,21 @@ class FakeRebuild(Parts):
         del spec
         with self._call("remove_rescue_disk", instance_id, verb="instance.unrescue"), self._hypervisor.lock:
             self._hypervisor.disks.remove_one(instance_id, RESCUE)
+
+    def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
+        with self._call("import_disk", instance_id, verb="instance.unshelve", context=call):
+            try:
+                found = hashlib.sha256(disk.path.read_bytes()).hexdigest()
+            except FileNotFoundError as exc:
+                raise ImageRejected(f"the exported disk {disk.path} is gone", code="image_missing") from exc
+            if disk.sha256 is not None and found != disk.sha256:
+                raise ImageRejected(
+                    f"the exported disk {disk.path} is not what was exported", code="image_checksum_mismatch"
+                )
+            with self._hypervisor.lock:
+                self._hypervisor.find_owned(instance_id)
+                if self._hypervisor.disks.get(instance_id, disk.name) is None:
+                    options = spec.disks_by_name()[disk.name]
+                    size_mib = 0 if isinstance(options, CdromDisk) else options.size_mib
+                    self._hypervisor.disks.put_one(instance_id, disk.name, Disk(size_mib))
+        call.progress(100.0)

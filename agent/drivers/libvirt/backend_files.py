@@ -132,7 +132,7 @@ class FileBackend:
             else:
                 self._convert(source, part, size_bytes, call)
             return
-        if source is not None and not source.lasting:
+        if source is not None and not source.lasting and source.format == "raw":
             source.path.rename(part)
         elif source is not None and not self._settings.simulated:  # the simulation never opens its disks
             self._convert(source, part, size_bytes, call)

@@ -25,7 +25,9 @@ from agent.errors import FailedPrecondition
 _log = structlog.get_logger(__name__)
 
 # The simulation has no console, reboots without an event that could prove it, and its disks hold nothing.
-_SIMULATED_VERBS: Final = OPTIONAL_VERBS - {"console.log", "instance.reboot"} - snapshot.VERBS
+_SIMULATED_VERBS: Final = (
+    OPTIONAL_VERBS - {"console.log", "instance.reboot"} - snapshot.VERBS - {"instance.shelve", "instance.unshelve"}
+)
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

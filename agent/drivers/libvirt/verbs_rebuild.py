@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Final
 
 from agent.drivers.base import CallContext, PreparedImage
-from agent.drivers.libvirt import domains, seed
+from agent.drivers.libvirt import domains, qemu_img, seed
 from agent.drivers.libvirt.definition import InstanceFiles
 from agent.drivers.libvirt.files import MIB, os_errors, write_durably
 from agent.drivers.libvirt.parts import Parts
-from agent.drivers.libvirt.volumes import ROOT, Volume
+from agent.drivers.libvirt.volumes import ROOT, Source, Volume
 from agent.drivers.libvirt.xml_rescue import RESCUE
-from agent.errors import FailedPrecondition, InvalidArgument
+from agent.drivers.verbs.rebuild import ImportedDisk
+from agent.errors import Cancelled, FailedPrecondition, ImageRejected, InvalidArgument, Unsupported
 from agent.messages.spec import InstanceSpec
 from agent.messages.spec_disks import EphemeralDisk, SwapDisk
 
@@ -68,6 +70,18 @@ class LibvirtRebuild(Parts):
     def remove_rescue_disk(self, instance_id: str, spec: InstanceSpec) -> None:
         self._storage.backend(spec, ROOT).remove(Volume(instance_id, RESCUE))
 
+    def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
+        if self._settings.simulated:
+            raise Unsupported("libvirt's simulated hypervisor has no disks to import")
+        self._find_owned(instance_id)
+        backend, volume = self._storage.backend(spec, disk.name), Volume(instance_id, disk.name)
+        if backend.exists(volume):
+            return
+        verify(disk, call)
+        size = qemu_img.virtual_size(self._settings, disk.path, "qcow2", None)
+        backend.create_from(volume, size, Source(disk.path, "qcow2", lasting=False), call)
+        call.progress(100.0)
+
     def _with_rescue_disk(self, files: InstanceFiles, instance_id: str, spec: InstanceSpec) -> InstanceFiles:
         """Add the rescue disk to the places of the instance's disks."""
         place = self._storage.backend(spec, ROOT).locate(Volume(instance_id, RESCUE))
@@ -76,6 +90,24 @@ class LibvirtRebuild(Parts):
     def _find_owned(self, instance_id: str) -> None:
         with self._link.call() as connection:
             domains.find_owned(connection, instance_id)
+
+
+def verify(disk: ImportedDisk, call: CallContext) -> None:
+    """Compare an exported file with its checksum. Raises `ImageRejected`, `Cancelled`."""
+    hashed = hashlib.sha256()
+    with os_errors("reading an exported disk"):
+        try:
+            with disk.path.open("rb", buffering=0) as file:
+                while disk.sha256 is not None and (chunk := file.read(4 * MIB)):
+                    if call.cancelled():
+                        raise Cancelled("cancelled while an exported disk was read")
+                    hashed.update(chunk)
+        except FileNotFoundError as exc:
+            raise ImageRejected(f"the exported disk {disk.path} is gone", code="image_missing") from exc
+    if disk.sha256 is not None and hashed.hexdigest() != disk.sha256:
+        raise ImageRejected(
+            f"the exported disk {disk.path} is not what was exported", code="image_checksum_mismatch", disk=disk.name
+        )
 
 
 def _made_anew(spec: InstanceSpec) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from agent.errors import Unsupported
@@ -9,6 +11,15 @@ from agent.errors import Unsupported
 if TYPE_CHECKING:
     from agent.drivers.base import CallContext, PreparedImage
     from agent.messages.spec import InstanceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedDisk:
+    """An exported image that a disk is to be made of: qcow2 without a backing file. `sha256` None: verified already."""
+
+    name: str
+    path: Path
+    sha256: str | None
 
 
 class RebuildVerbs:
@@ -54,6 +65,16 @@ class RebuildVerbs:
         del instance_id, spec
         raise Unsupported(f"driver {self.name} cannot rescue", verb="instance.unrescue")
 
+    def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
+        """Make a disk of the spec from an exported image, whole and without referring to it. A finished one is kept.
 
-VERBS: frozenset[str] = frozenset({"instance.rebuild", "instance.rescue", "instance.unrescue"})
+        Raises `ImageRejected` (`image_checksum_mismatch`, `image_missing`), and as `create_storage`.
+        """
+        del instance_id, spec, disk, call
+        raise Unsupported(f"driver {self.name} cannot unshelve", verb="instance.unshelve")
+
+
+VERBS: frozenset[str] = frozenset(
+    {"instance.rebuild", "instance.rescue", "instance.unrescue", "instance.shelve", "instance.unshelve"}
+)
 """Verbs of this family that a driver announces one by one."""
