@@ -5,7 +5,10 @@ A driver from elsewhere runs the suite by giving a fixture `driver_case` that re
 
 from __future__ import annotations
 
+import atexit
+import functools
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -27,6 +30,9 @@ from agent.drivers.base import (
     PowerChanged,
     PreparedImage,
 )
+from agent.drivers.fake.verbs_snapshot import empty_qcow2
+from agent.drivers.verbs import snapshot
+from agent.drivers.verbs.rebuild import ImportedDisk
 from agent.errors import Unsupported
 from agent.messages.events import PowerState
 from agent.messages.spec import InstanceSpec
@@ -197,6 +203,16 @@ def count_calls() -> Iterator[dict[str, int]]:
         sys.setprofile(None)
 
 
+@functools.cache
+def small_image() -> PreparedImage:
+    """An empty qcow2 image of the size of `make_spec`'s root disk, of which nothing is left in the end."""
+    folder = tempfile.TemporaryDirectory(prefix="contract-image-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "image.qcow2"
+    path.write_bytes(empty_qcow2(16 * 1024 * 1024))
+    return PreparedImage(path=path, format="qcow2", virtual_size_bytes=16 * 1024 * 1024, sha256="0" * 64)
+
+
 Verb = Callable[[Driver, str], object]
 
 OPTIONAL: dict[str, Verb] = {
@@ -204,8 +220,17 @@ OPTIONAL: dict[str, Verb] = {
     "instance.resume": lambda driver, uid: driver.resume(uid),
     "instance.reboot": lambda driver, uid: driver.reboot(uid),
     "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+    "instance.rebuild": lambda driver, uid: driver.prepare_rebuild(uid, make_spec(), small_image(), CallContext()),
+    "instance.rescue": lambda driver, uid: driver.create_rescue_disk(uid, make_spec(), small_image(), CallContext()),
+    "instance.unrescue": lambda driver, uid: driver.create_rescue_disk(uid, make_spec(), small_image(), CallContext()),
+    "instance.shelve": lambda driver, uid: driver.import_disk(
+        uid, make_spec(), ImportedDisk("root", small_image().path, None), CallContext()
+    ),
+    "instance.unshelve": lambda driver, uid: driver.import_disk(
+        uid, make_spec(), ImportedDisk("root", small_image().path, None), CallContext()
+    ),
 }
-assert set(OPTIONAL) == OPTIONAL_VERBS
+assert set(OPTIONAL) >= OPTIONAL_VERBS - snapshot.VERBS
 
 NEEDS_DOMAIN: dict[str, Verb] = {
     "get": lambda driver, uid: driver.get(uid),

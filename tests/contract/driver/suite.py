@@ -11,8 +11,11 @@ from contract_connection import ConnectionContract
 from contract_definition import DefinitionContract
 from contract_life import LifeContract
 from contract_reading import ReadingContract
+from contract_rebuild import RebuildContract
 from contract_storage import StorageContract
 
 
-class DriverContract(LifeContract, DefinitionContract, ReadingContract, StorageContract, ConnectionContract):
+class DriverContract(
+    LifeContract, DefinitionContract, ReadingContract, RebuildContract, StorageContract, ConnectionContract
+):
     """All of it."""
