@@ -11,6 +11,11 @@
 #   seed: user-data-first-line=<text>
 #   seed: ssh-key=<first public key>                      empty when there is none
 #   seed: network-config=<present|absent>
+#   guest: mark=<text>                                    what the kernel command line says as test.mark=<text>
+#   disk: name=<vdb> sectors=<n> serial=<text> type=<ext4|swap|iso9660|none> label=<text>
+#                                                         one line per disk; all again when one comes or goes
+#   disk: swap=<vdc> kib=<n>                              a swap disk, switched on
+#   disk: written=<vdd> read=<text>                       a disk whose serial number begins with write-
 #   guest: tick <n>                                       1 to 5, one a second, then silence
 #   guest: powering off                                   after the ACPI power button
 
@@ -114,6 +119,58 @@ report_seed() {
   fi
 }
 
+serial_of() {
+  # SCSI and ATA disks tell it in a page of binary data.
+  cat "/sys/block/$1/serial" 2>/dev/null || tr -cd 'a-zA-Z0-9-' <"/sys/block/$1/device/vpd_pg80" 2>/dev/null
+}
+
+bytes() {
+  dd if="$1" bs=1 skip="$2" count="$3" 2>/dev/null | tr -d '\0'
+}
+
+content_of() {
+  if [ "$(bytes "$1" 1080 2)" = "$(printf 'S\357')" ]; then
+    echo "type=ext4 label=$(bytes "$1" 1144 16)"
+  elif [ "$(bytes "$1" 4086 10)" = SWAPSPACE2 ]; then
+    echo "type=swap label=$(bytes "$1" 1052 16)"
+  elif [ "$(bytes "$1" 32769 5)" = CD001 ]; then
+    echo "type=iso9660 label=$(bytes "$1" 32808 32 | tr -d ' ')"
+  else
+    echo "type=none label="
+  fi
+}
+
+use_disk() {
+  case "$3" in
+    type=swap*)
+      swapon "/dev/$1" 2>/dev/null && while read -r device _ kib _; do
+        [ "${device}" = "/dev/$1" ] && echo "disk: swap=$1 kib=${kib}"
+      done </proc/swaps
+      ;;
+  esac
+  case "$2" in
+    write-*)
+      printf '%-511s\n' "PLAIN TEXT OF THE GUEST" | dd of="/dev/$1" bs=512 seek=8 count=1 conv=fsync,notrunc 2>/dev/null
+      echo "disk: written=$1 read=$(dd if="/dev/$1" bs=512 skip=8 count=1 2>/dev/null | head -c 23)"
+      ;;
+  esac
+}
+
+report_disks() {
+  present="$(cd /sys/block && echo vd[a-z]* sd[a-z]* sr[0-9]*)"
+  [ "${present}" = "${reported}" ] && return
+  reported="${present}"
+  for path in /sys/block/vd* /sys/block/sd* /sys/block/sr*; do
+    [ -e "${path}/size" ] || continue
+    name="${path##*/}"
+    read -r sectors <"${path}/size"
+    serial="$(serial_of "${name}")"
+    found="$(content_of "/dev/${name}")"
+    echo "disk: name=${name} sectors=${sectors} serial=${serial} ${found}"
+    use_disk "${name}" "${serial}" "${found}"
+  done
+}
+
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -121,6 +178,9 @@ load first
 exec </dev/console >/dev/console 2>&1
 echo "compute-agent guest is up"
 facts
+case "$(cat /proc/cmdline)" in
+  *test.mark=*) echo "guest: mark=$(sed 's/.*test.mark=\([^ ]*\).*/\1/' </proc/cmdline)" ;;
+esac
 power_button
 count_boot
 other_disks
@@ -140,14 +200,17 @@ if [ "${tries}" -lt 15 ]; then
 else
   echo "seed: none"
 fi
+report_disks
 tick=1
 while [ "${tick}" -le 5 ]; do
   echo "guest: tick ${tick}"
   tick=$((tick + 1))
   sleep 1
   facts
+  report_disks
 done
 while :; do
   sleep 2
   facts
+  report_disks
 done

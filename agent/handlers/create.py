@@ -10,6 +10,7 @@ from agent.core.registry import Route
 from agent.drivers.base import PreparedImage
 from agent.errors import AlreadyExists, Cancelled, NotFound
 from agent.handlers.observe import read_back
+from agent.handlers.storage import storage_removal
 from agent.handlers.view import instance_view
 from agent.messages.commands import InstanceCreate
 from agent.messages.events import InstanceRemoved
@@ -32,7 +33,7 @@ async def create(op: Operation, data: InstanceCreate) -> InstanceView:
         return None
 
     async def remove_storage() -> None:
-        await op.mutate(driver.delete_storage, instance_id)
+        await op.long(storage_removal(driver), instance_id)
 
     async def define() -> Json:
         await op.mutate(driver.define, instance_id, spec, generation=op.command.generation or 0)

@@ -13,6 +13,7 @@ from agent.core.registry import Route
 from agent.errors import NotFound
 from agent.handlers.restore import soft_delete
 from agent.handlers.shelve import remove_exports
+from agent.handlers.storage import storage_removal
 from agent.messages.commands import InstanceDelete
 from agent.messages.events import InstanceRemoved
 from agent.messages.results import DeleteResult
@@ -49,7 +50,7 @@ async def _remove(op: Operation, data: InstanceDelete) -> DeleteResult:
         return None
 
     async def storage() -> Json:
-        await op.mutate(driver.delete_storage, instance_id)
+        await op.long(storage_removal(driver), instance_id)
         return None
 
     known = op.ctx.instances.find(instance_id)

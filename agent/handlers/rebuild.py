@@ -12,6 +12,7 @@ from agent.handlers import halt
 from agent.handlers.create import prepared_image
 from agent.handlers.observe import read_back
 from agent.handlers.states import refuse_snapshots
+from agent.handlers.storage import uncancellable
 from agent.handlers.view import instance_view
 from agent.messages.results import InstanceView
 from agent.messages.spec import ROOT, InstanceSpec
@@ -37,7 +38,7 @@ async def rebuild(op: Operation, data: InstanceRebuild) -> InstanceView:
         return None
 
     async def discard() -> None:
-        await op.mutate(driver.discard_rebuild, instance_id, new)
+        await op.long(uncancellable(driver.discard_rebuild), instance_id, new)
 
     async def define() -> Json:
         await op.mutate(driver.define, instance_id, new, generation=generation, life=record.life)

@@ -12,6 +12,7 @@ from agent.handlers import halt
 from agent.handlers.create import prepared_image
 from agent.handlers.observe import read_back
 from agent.handlers.rebuild import generation_of
+from agent.handlers.storage import uncancellable
 from agent.handlers.view import instance_view
 from agent.messages.life import Life, Rescue
 from agent.messages.results import InstanceView
@@ -31,7 +32,7 @@ async def rescue(op: Operation, data: InstanceRescue) -> InstanceView:
         return {"since": now().isoformat()}
 
     async def remove() -> None:
-        await op.mutate(driver.remove_rescue_disk, instance_id, spec)
+        await op.long(uncancellable(driver.remove_rescue_disk), instance_id, spec)
 
     found = await halt.look(op)
     image = await prepared_image(op, ROOT, data.image)
@@ -62,7 +63,7 @@ async def unrescue(op: Operation, data: InstanceUnrescue) -> InstanceView:
     after = before.model_copy(update={"rescue": None})
 
     async def remove() -> Json:
-        await op.mutate(driver.remove_rescue_disk, instance_id, record.spec)
+        await op.long(uncancellable(driver.remove_rescue_disk), instance_id, record.spec)
         return None
 
     found = await halt.look(op, was_running=before.rescue is not None and before.rescue.was_running)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from agent.messages.spec_limits import DiskLimits
 from agent.messages.types import DiskMib, ImageFormat, Inbound, LongPattern, Name, Sha256
@@ -54,7 +54,9 @@ class Encryption(Inbound):
 
 class DiskOptions(Inbound):
     """What every writable disk has. `auto` is what suits the host best. `backend` names one of the host's storage
-    back ends; None is its default.
+    back ends; None is its default. What the host cannot do of `cache` and `io` becomes the nearest that keeps data as
+    safe. `discard`: the guest can give space back; an encrypted disk never does. Guests find a disk by its name, which
+    is its serial number.
     """
 
     size_mib: DiskMib
@@ -65,6 +67,12 @@ class DiskOptions(Inbound):
     discard: bool = True
     encryption: Encryption | None = None
     limits: DiskLimits | None = None
+
+    @model_validator(mode="after")
+    def _native_without_cache(self) -> Self:
+        if self.io == "native" and self.cache not in ("auto", "none", "directsync"):
+            raise ValueError("io native needs cache none or directsync (or auto): the others go through the page cache")
+        return self
 
 
 class RootDisk(DiskOptions):
@@ -82,7 +90,7 @@ class DataDisk(DiskOptions):
 
 
 class EphemeralDisk(DiskOptions):
-    """Scratch space, formatted with `filesystem` and labelled `ephemeral-<name>`; made anew by a rebuild."""
+    """Scratch space, formatted with `filesystem` and labelled with its name; made anew by a rebuild."""
 
     kind: Literal["ephemeral"]
     name: DiskName
@@ -90,7 +98,7 @@ class EphemeralDisk(DiskOptions):
 
 
 class SwapDisk(DiskOptions):
-    """A disk that is formatted as swap space."""
+    """A disk that is formatted as swap space, labelled with its name."""
 
     kind: Literal["swap"]
     name: DiskName
@@ -102,6 +110,12 @@ class CdromDisk(Inbound):
     kind: Literal["cdrom"]
     name: DiskName
     image: ImageSource
+
+    @model_validator(mode="after")
+    def _plain_bytes(self) -> Self:
+        if self.image.format != "raw":
+            raise ValueError("the image of a CD is an ISO image: its format is raw")
+        return self
 
 
 Disk = Annotated[DataDisk | EphemeralDisk | SwapDisk | CdromDisk, Field(discriminator="kind")]
@@ -123,7 +137,15 @@ class KernelBoot(Inbound):
 
 
 class Boot(Inbound):
-    """What the guest boots from. `order` names disks; what is not named follows in the order of the spec."""
+    """What the guest boots from. `order` names disks; root, data disks and CDs that are not named follow in the order
+    of the spec. With `kernel` the disks are not asked.
+    """
 
     order: Annotated[list[DiskName], Field(max_length=16)] = Field(default_factory=list)
     kernel: KernelBoot | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if len(set(self.order)) != len(self.order):
+            raise ValueError("boot.order names a disk twice")
+        return self

@@ -21,10 +21,18 @@ from agent.messages.commands import (
     InstanceStop,
     OperationCancel,
 )
+from agent.messages.spec_disks import DataDisk, EphemeralDisk, SwapDisk
 from agent.messages.verb import CommandData
+
+DISKS = [
+    DataDisk(kind="data", name="data", size_mib=8),
+    EphemeralDisk(kind="ephemeral", name="scratch", size_mib=8),
+    SwapDisk(kind="swap", name="swap", size_mib=8),
+]
 
 VERBS: dict[str, tuple[CommandData, str]] = {
     "create": (InstanceCreate(spec=spec("vm")), "running"),
+    "create-disks": (InstanceCreate(spec=spec("vm", disks=DISKS)), "running"),
     "delete": (InstanceDelete(), "gone"),
     "start": (InstanceStart(), "running"),
     "stop": (InstanceStop(timeout_s=30), "stopped"),
@@ -44,7 +52,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: obj
 
 
 async def prepared(world: World, verb: str) -> str:
-    if verb == "create":
+    if verb.startswith("create"):
         return new_id()
     instance_id = await world.create("vm", start=verb != "start")
     await world.quiet()

@@ -107,7 +107,9 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
             spec, disks = domain.spec, self._hypervisor.disks
             if spec is None:
                 return InstanceDetails()
-            paths = (disks.path(instance_id, f"{name}.qcow2") for name in disks.all(instance_id))
+            made = disks.all(instance_id).items()
+            # A CD takes no space, and is not the instance's.
+            paths = (disks.path(instance_id, f"{name}.qcow2") for name, disk in made if disk.size_mib)
             return InstanceDetails(
                 vnc_address=_vnc_address(domain) if spec.vnc and domain.active else None,
                 console_log=disks.path(instance_id, "console.log"),

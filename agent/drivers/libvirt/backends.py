@@ -147,6 +147,12 @@ class DiskBackend:
         self._key(entry)
         return entry
 
+    def check(self) -> None:
+        """Raise if a new disk could not be made: as `entry` does."""
+        self._choice()
+        if self._disk.encryption is not None:
+            self._read(self._disk.encryption.key)
+
     def _choice(self) -> str:
         return self._backends.named(self._disk.backend, self._disk_name)
 
@@ -175,11 +181,12 @@ class DiskBackend:
         return self._backends.keeper(self._entry(volume).backend, volume.name)
 
     def _key(self, entry: Entry) -> Key | None:
-        if entry.key is None:
-            return None
+        return None if entry.key is None else self._read(entry.key)
+
+    def _read(self, key: str) -> Key:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor has no encrypted disks")
-        return read_key(self._settings.keys_dir, entry.key)
+        return read_key(self._settings.keys_dir, key)
 
     @contextmanager
     def _source(

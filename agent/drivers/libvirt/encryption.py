@@ -44,15 +44,20 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """How a volume is encrypted: name of the key, and the secret by which libvirt knows it."""
+    """How a volume is encrypted: name of the key, and the secret by which libvirt knows it.
+
+    `usage` is the secret's usage id, `compute-agent/<instance>/<volume>`, which proves that it is ours.
+    """
 
     key: str
     secret_uuid: str
+    usage: str
 
 
 def sealed(instance_id: str, volume_name: str, key: str) -> Sealed:
     """The secret's UUID is always the same for a volume, so that it is found again."""
-    return Sealed(key, str(uuid.uuid5(_SPACE, f"{instance_id}/{volume_name}")))
+    owner = f"{instance_id}/{volume_name}"
+    return Sealed(key, str(uuid.uuid5(_SPACE, owner)), f"compute-agent/{owner}")
 
 
 def read_key(keys_dir: Path | None, name: str) -> Key:
@@ -109,8 +114,7 @@ def provide(connection: Any, keys_dir: Path | None, seals: Iterable[Sealed]) -> 
         ET.SubElement(secret, "uuid").text = seal.secret_uuid
         ET.SubElement(secret, "description").text = f"compute-agent: key {seal.key}"
         usage = ET.SubElement(secret, "usage", {"type": "volume"})
-        # Anything that no other secret has.
-        ET.SubElement(usage, "volume").text = f"compute-agent/{seal.secret_uuid}"
+        ET.SubElement(usage, "volume").text = seal.usage
         connection.secretDefineXML(ET.tostring(secret, encoding="unicode")).setValue(key.value)
 
 

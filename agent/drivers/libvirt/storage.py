@@ -56,6 +56,15 @@ class Storage:
     def _backend(self, disk_name: str, disk: DiskOptions) -> DiskBackend:
         return DiskBackend(self._backends, disk_name, disk)
 
+    def check(self, spec: InstanceSpec) -> None:
+        """Refuse what this host can never make: an unknown back end, a key that is missing or unsafe. Reads only.
+
+        Raises as `create` does for these.
+        """
+        for name, disk in spec.disks_by_name().items():
+            if not isinstance(disk, CdromDisk):
+                self._backend(name, disk).check()
+
     def files(self, instance_id: str, spec: InstanceSpec) -> InstanceFiles:
         """Name the instance's files.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from driver_case import (
+    Difference,
+    DriverCase,
     Instance,
     files_of,
     make_image,
@@ -15,8 +18,12 @@ from driver_case import (
 from agent.drivers.base import CallContext, Driver
 from agent.errors import (
     Cancelled,
+    FailedPrecondition,
     InvalidArgument,
+    Unsupported,
 )
+
+IMAGE = {"url": "file:///srv/image.raw", "sha256": "0" * 64, "format": "raw"}
 
 
 class StorageContract:
@@ -56,6 +63,56 @@ class StorageContract:
         with pytest.raises(InvalidArgument) as caught:
             driver.create_storage(instance.id, instance.spec, {"root": image}, CallContext())
         assert caught.value.code == "disk_too_small"
+        assert not files_of(tmp_path, instance.id)
+
+    def test_disks_of_every_kind(
+        self, driver: Driver, driver_case: DriverCase, tmp_path: Path
+    ) -> None:
+        disks = [
+            {"kind": "data", "name": "data", "size_mib": 2},
+            {"kind": "data", "name": "filled", "size_mib": 3, "bus": "sata", "image": IMAGE},
+            {"kind": "ephemeral", "name": "scratch", "size_mib": 4, "bus": "scsi"},
+            {"kind": "swap", "name": "swap", "size_mib": 2},
+            {"kind": "cdrom", "name": "cd", "image": IMAGE},
+        ]
+        instance = Instance(driver, make_spec(disks=disks, boot={"order": ["cd", "data"]}))
+        image = make_image(tmp_path / "image.raw", 2)
+        images = {"filled": image, "cd": image}
+        for _ in range(2):
+            driver.create_storage(instance.id, instance.spec, images, CallContext())
+        driver.define(instance.id, instance.spec, generation=1)
+        driver.start(instance.id)
+        info = driver.get(instance.id)
+        assert (info.power, info.spec) == ("running", instance.spec)
+        paths = driver.details(instance.id).disk_paths
+        if not driver_case.has(Difference.DISKS_ARE_NOT_FILES):
+            assert len(set(paths)) == len(paths)
+            assert len(paths) >= 5
+            assert all(Path(path).exists() for path in paths)
+        instance.remove()
+        assert not files_of(tmp_path, instance.id)
+        assert image.path.exists()
+
+    @pytest.mark.parametrize(
+        ("changes", "code"),
+        [
+            ({"size_mib": 1, "image": {}}, "disk_too_small"),
+            ({"size_mib": 1, "backend": "none-such"}, "unknown_backend"),
+            ({"size_mib": 1, "encryption": {"key": "none-such"}}, "encryption_key_missing"),
+        ],
+        ids=["too-small", "backend", "key"],
+    )
+    def test_disks_that_cannot_be_made_are_refused_before_any_other_is(
+        self, driver: Driver, tmp_path: Path, changes: dict[str, Any], code: str
+    ) -> None:
+        changes = changes | ({"image": IMAGE} if "image" in changes else {})
+        disk = {"kind": "data", "name": "second", **changes}
+        instance = Instance(driver, make_spec(disks=[disk]))
+        images = {"second": make_image(tmp_path / "image.raw", 2)} if "image" in changes else {}
+        with pytest.raises((InvalidArgument, FailedPrecondition, Unsupported)) as caught:
+            driver.create_storage(instance.id, instance.spec, images, CallContext())
+        # The simulation has no encrypted disks at all.
+        assert getattr(caught.value, "code", None) in {code, "unsupported"}
         assert not files_of(tmp_path, instance.id)
 
     def test_cancelled_creation_leaves_nothing(self, driver: Driver, instance: Instance, tmp_path: Path) -> None:
