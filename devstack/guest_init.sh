@@ -17,6 +17,8 @@
 #   disk: swap=<vdc> kib=<n>                              a swap disk, switched on
 #   disk: written=<vdd> read=<text>                       a disk whose serial number begins with write-
 #   guest: tick <n>                                       1 to 5, one a second, then silence
+#   guest: data sha256=<hex>                              only for user-data "#writer": of the 8 MiB at 80 MiB of its disk
+#   guest: wrote <n>                                      then two of these a second, for ever
 #   guest: powering off                                   after the ACPI power button
 
 export PATH=/bin
@@ -171,6 +173,24 @@ report_disks() {
   done
 }
 
+# Data that can be found again from outside, then pairs of sectors of which the first is written first: an image of
+# one moment has the same number in both, or one more in the first.
+write_for_ever() {
+  dd if=/dev/urandom of=/dev/vda bs=1048576 seek=80 count=8 conv=fsync,notrunc 2>/dev/null
+  echo 3 >/proc/sys/vm/drop_caches
+  sum="$(dd if=/dev/vda bs=1048576 skip=80 count=8 2>/dev/null | sha256sum)"
+  echo "guest: data sha256=${sum%% *}"
+  n=0
+  while :; do
+    n=$((n + 1))
+    for sector in 204800 206848; do
+      printf '%-511s\n' "${n}" | dd of=/dev/vda bs=512 seek="${sector}" count=1 conv=fsync,notrunc 2>/dev/null
+    done
+    echo "guest: wrote ${n}"
+    sleep 0.5
+  done
+}
+
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -197,6 +217,7 @@ until find_seed; do
 done
 if [ "${tries}" -lt 15 ]; then
   report_seed
+  [ "$(head -n 1 "${user}" 2>/dev/null)" = "#writer" ] && write_for_ever
 else
   echo "seed: none"
 fi

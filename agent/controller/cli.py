@@ -15,6 +15,7 @@ from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_instance import instance
 from agent.controller.commands_operation import operation
+from agent.controller.commands_snapshot import instance_backup, instance_backups, instance_export, snapshot
 from agent.controller.session import Address, RootGroup, Session
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -58,8 +59,10 @@ def cli(
     session.timeout_s = timeout_s
 
 
-for command in (instance, host, operation, events):
+for command in (instance, host, operation, events, snapshot):
     cli.add_command(command)
+for command in (instance_export, instance_backup, instance_backups):
+    instance.add_command(command)
 
 
 def _log_to_stderr() -> None:

@@ -42,19 +42,24 @@ async def backup(op: Operation, data: InstanceBackup) -> BackupResult:
     async def forget() -> None:
         await exports.remove_backup(made)
 
-    async def rotate() -> Json:
+    async def choose() -> Json:
         series = await exports.backups(data.store, op.instance_id, data.series)
-        for old in series[data.keep :]:
-            await exports.remove_backup(old)
-        return {"removed": [old.name for old in series[data.keep :]]}
+        return {"old": [old.name for old in series[data.keep :]]}
+
+    async def rotate() -> Json:
+        for item in await exports.backups(data.store, op.instance_id, data.series):
+            if item.name in old:
+                await exports.remove_backup(item)
+        return None
 
     await op.step("note", note, undo=forget)
     op.point_of_no_return()
-    rotated = await op.step("rotate", rotate)
+    # A step of its own: what is removed must be known also to the run that comes after a crash in the removing.
+    chosen = await op.step("choose", choose)
+    old: list[str] = chosen["old"] if chosen else []
+    await op.step("rotate", rotate)
     series = await exports.backups(data.store, op.instance_id, data.series)
-    return BackupResult(
-        instance_id=op.instance_id, backup=made, backups=series, removed=rotated["removed"] if rotated else []
-    )
+    return BackupResult(instance_id=op.instance_id, backup=made, backups=series, removed=old)
 
 
 async def list_backups(op: Operation, data: InstanceListBackups) -> BackupListResult:

@@ -24,6 +24,7 @@ def leftovers(state_dir: Path, instances: Collection[str] = ()) -> list[str]:
     for path in _entries(state_dir / "fake" / "domains"):
         if path.stem not in instances:
             found.append(f"domain of no instance: {path}")
+    found += [f"an export's folder: {path}" for path in _entries(state_dir / "exports")]
     images = {path.name for path in _entries(state_dir / "images")}
     found += [f"image without its description: {name}" for name in images if _lonely(name, images)]
     found += [f"process {pid} works on {state_dir}: {words}" for pid, words in _workers(state_dir)]

@@ -383,3 +383,25 @@ def test_an_interrupt_ends_with_130_and_names_the_operation(ctl: Ctl) -> None:
     ctl.answers["instance.start"] = interrupt
     result = ctl("instance", "start", INSTANCE, "--command-id", "c-1")
     assert (result.exit_code, result.stderr) == (130, "interrupted; operation c-1 goes on\n")
+
+
+def test_exports_and_snapshots(ctl: Ctl) -> None:
+    disk = {"name": "root", "format": "qcow2", "size_bytes": 4096, "sha256": "ab", "url": "file:///s/copy.qcow2"}
+    ctl.answers["instance.export"] = succeed({"disks": [disk], "live": True})
+    done = ctl("instance", "export", INSTANCE, "--store", "main", "--name", "copy", "--disk", "root")
+    assert done.exit_code == 0, done.output
+    assert "file:///s/copy.qcow2" in done.output
+    wrong = ctl("instance", "export", INSTANCE, "--store", "main")
+    assert wrong.exit_code == 2
+    assert "store and name belong together" in wrong.output
+    ctl.answers["snapshot.create"] = succeed({"snapshot": {"name": "one", "power": "running", "memory": True}})
+    assert "one" in ctl("snapshot", "create", INSTANCE, "one").output
+    assert ctl("snapshot", "create", INSTANCE, "../one").exit_code == 2
+    ctl.answers["snapshot.revert"] = succeed({"observed": "paused"})
+    assert "is back at one, now paused" in ctl("snapshot", "revert", INSTANCE, "one", "--no-start").output
+    backup = {"name": "vm-daily-1", "store": "main", "taken_at": "2026-01-01T00:00:00Z", "disks": [disk]}
+    ctl.answers["instance.backup"] = succeed({"backups": [backup], "removed": ["vm-daily-0"]})
+    done = ctl("instance", "backup", INSTANCE, "--series", "daily", "--keep", "1", "--store", "main")
+    assert "removed vm-daily-0" in done.output
+    ctl.answers["instance.list-backups"] = succeed({"backups": [backup]})
+    assert json.loads(ctl("instance", "backups", INSTANCE, "--json").output)["result"]["backups"] == [backup]

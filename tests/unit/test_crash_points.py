@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.world import World, new_id, spec, until
 
 from agent.drivers.fake.settings import Fault
+from agent.errors import Unavailable
+from agent.exports.files import Slot
 from agent.messages.commands import (
     InstanceCreate,
     InstanceDelete,
@@ -23,6 +26,14 @@ from agent.messages.commands import (
 )
 from agent.messages.spec_disks import DataDisk, EphemeralDisk, SwapDisk
 from agent.messages.verb import CommandData
+from agent.messages.verbs_snapshot import (
+    ExportTarget,
+    InstanceBackup,
+    InstanceExport,
+    SnapshotCreate,
+    SnapshotDelete,
+    SnapshotRevert,
+)
 
 DISKS = [
     DataDisk(kind="data", name="data", size_mib=8),
@@ -39,12 +50,22 @@ VERBS: dict[str, tuple[CommandData, str]] = {
     "force": (InstanceStop(force=True), "stopped"),
     "pause": (InstancePause(), "paused"),
     "reboot": (InstanceReboot(mode="hard"), "running"),
+    "export": (InstanceExport(target=ExportTarget(store="main", name="copy")), "running"),
+    "backup": (InstanceBackup(series="daily", keep=1, store="main"), "running"),
+    "snapshot": (SnapshotCreate(name="new"), "running"),
+    "revert": (SnapshotRevert(name="old"), "running"),
+    "drop": (SnapshotDelete(name="old"), "running"),
 }
+STORED = {"export": 2, "backup": 3}
+"""How many files the verb leaves in the export store."""
 
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
-    made = await World(tmp_path, store=request.param).open()
+    (tmp_path / "store").mkdir()
+    made = await World(
+        tmp_path, store=request.param, exports={"stores": {"main": str(tmp_path / "store")}}
+    ).open()
     await made.start()
     yield made
     await made.stop()
@@ -55,8 +76,24 @@ async def prepared(world: World, verb: str) -> str:
     if verb.startswith("create"):
         return new_id()
     instance_id = await world.create("vm", start=verb != "start")
+    if verb in ("revert", "drop"):
+        await world.do(SnapshotCreate(name="old"), instance_id=instance_id)
+    if verb == "backup":
+        await world.do(VERBS["backup"][0], instance_id=instance_id)
     await world.quiet()
     return instance_id
+
+
+def check_exports(world: World, verb: str) -> None:
+    """Only what the verb is to leave is in the store, and nothing where exports are made."""
+    store = world.folder / "store"
+    names = [path.name for path in store.iterdir()]
+    assert len(names) == STORED.get(verb, 0), names
+    assert not any(name.startswith(".") for name in names)
+    staging = world.folder / "state" / "exports"
+    assert not staging.exists() or not list(staging.iterdir())
+    for name in names:
+        (store / name).unlink()
 
 
 async def agrees(world: World, operation_id: str, instance_id: str, power: str) -> None:
@@ -83,7 +120,7 @@ async def agrees(world: World, operation_id: str, instance_id: str, power: str) 
 @pytest.mark.parametrize("verb", VERBS)
 async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
     data, power = VERBS[verb]
-    for commits in range(12):
+    for commits in range(16):
         instance_id = await prepared(world, verb)
         world.cut.after(commits, applied=applied)
         operation_id = world.send(data, instance_id=instance_id)
@@ -93,6 +130,7 @@ async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> N
         await world.start()
         await world.final(operation_id)
         await agrees(world, operation_id, instance_id, power)
+        check_exports(world, verb)
         if verb != "delete":
             await world.do(InstanceDelete(), instance_id=instance_id)
             await world.quiet()
@@ -109,6 +147,11 @@ CALLS = {
     "force": ["destroy"],
     "pause": ["pause"],
     "reboot": ["destroy", "start"],
+    "export": ["abort_export", "export_disks"],
+    "backup": ["export_disks"],
+    "snapshot": ["create_snapshot"],
+    "revert": ["revert_snapshot", "define"],
+    "drop": ["delete_snapshot"],
 }
 
 
@@ -124,6 +167,7 @@ async def test_dies_in_every_driver_call(world: World, verb: str, call: str) -> 
     await world.start()
     await world.final(operation_id)
     await agrees(world, operation_id, instance_id, power)
+    check_exports(world, verb)
 
 
 async def test_dies_again_and_again(world: World) -> None:
@@ -223,3 +267,33 @@ async def test_a_drain_with_work_under_way_and_a_new_start(world: World) -> None
     assert [one for one in order if one in (stop, behind, new)] == [stop, behind, new]
     assert await world.power(stuck) == "paused"
     world.check_sequence()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_dies_at_every_commit_of_a_failing_export(
+    world: World, applied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was published, staged, half or wholly, is withdrawn, also by a life that only finds it."""
+    publish = Slot.publish
+
+    def fails(self: Slot, *args: Any) -> None:
+        publish(self, *args)
+        raise Unavailable("the store went away at the last moment", code="export_unavailable")
+
+    monkeypatch.setattr(Slot, "publish", fails)
+    instance_id = await world.create("vm")
+    for commits in range(1, 12):
+        world.cut.after(commits, applied=applied)
+        operation_id = world.send(VERBS["export"][0], instance_id=instance_id)
+        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
+        died = world.cut.happened.is_set()
+        await world.crash()
+        await world.start()
+        final = await world.final(operation_id)
+        await world.quiet()
+        assert (final.kind, final.data["undone"]) == ("operation.failed", True)
+        assert len(world.finals(operation_id)) == 1
+        check_exports(world, "")
+        if not died:
+            return
+    raise AssertionError("there were more commits than this test has rounds")

@@ -31,6 +31,8 @@ class LibvirtSnapshot(Parts):
     ) -> dict[str, DiskExport]:
         """Live: a push backup of libvirt's; cold: qemu-img."""
         self._refuse_simulation()
+        with self._link.call() as connection:
+            domains.find_owned(connection, instance_id)
         disks = {name: self._locate(instance_id, spec, name) for name in request.targets}
         backup_job.end(self._link, instance_id, next(iter(request.targets.values())).parent)
         exporter = Exporter(self._settings, self._link, instance_id, disks, request, call)

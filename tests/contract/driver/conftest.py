@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "life", "reading", "rebuild", "storage")
+_PARTS = ("connection", "definition", "life", "reading", "rebuild", "snapshot", "storage")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,10 +31,11 @@ from agent.drivers.base import (
     PreparedImage,
 )
 from agent.drivers.fake.verbs_snapshot import empty_qcow2
-from agent.drivers.verbs import snapshot
 from agent.drivers.verbs.rebuild import ImportedDisk
+from agent.drivers.verbs.snapshot import ExportRequest, RevertRequest, SnapshotRequest
 from agent.errors import Unsupported
 from agent.messages.events import PowerState
+from agent.messages.life import ORDINARY
 from agent.messages.spec import InstanceSpec
 
 WAIT_S = 20.0
@@ -215,6 +216,9 @@ def small_image() -> PreparedImage:
 
 Verb = Callable[[Driver, str], object]
 
+NO_EXPORT = ExportRequest({"root": Path("/nonexistent/root.qcow2")}, "qcow2")
+NO_REVERT = RevertRequest("s", 1, ORDINARY, None, "mark")
+
 OPTIONAL: dict[str, Verb] = {
     "instance.pause": lambda driver, uid: driver.pause(uid),
     "instance.resume": lambda driver, uid: driver.resume(uid),
@@ -229,8 +233,14 @@ OPTIONAL: dict[str, Verb] = {
     "instance.unshelve": lambda driver, uid: driver.import_disk(
         uid, make_spec(), ImportedDisk("root", small_image().path, None), CallContext()
     ),
+    "instance.export": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
+    "instance.backup": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
+    "snapshot.create": lambda driver, uid: driver.create_snapshot(uid, make_spec(), SnapshotRequest("s"), CallContext()),
+    "snapshot.list": lambda driver, uid: driver.list_snapshots(uid),
+    "snapshot.revert": lambda driver, uid: driver.revert_snapshot(uid, make_spec(), NO_REVERT, CallContext()),
+    "snapshot.delete": lambda driver, uid: driver.delete_snapshot(uid, make_spec(), "s", CallContext()),
 }
-assert set(OPTIONAL) >= OPTIONAL_VERBS - snapshot.VERBS
+assert set(OPTIONAL) == OPTIONAL_VERBS
 
 NEEDS_DOMAIN: dict[str, Verb] = {
     "get": lambda driver, uid: driver.get(uid),

@@ -12,10 +12,17 @@ from contract_definition import DefinitionContract
 from contract_life import LifeContract
 from contract_reading import ReadingContract
 from contract_rebuild import RebuildContract
+from contract_snapshot import SnapshotContract
 from contract_storage import StorageContract
 
 
 class DriverContract(
-    LifeContract, DefinitionContract, ReadingContract, RebuildContract, StorageContract, ConnectionContract
+    LifeContract,
+    DefinitionContract,
+    ReadingContract,
+    RebuildContract,
+    StorageContract,
+    SnapshotContract,
+    ConnectionContract,
 ):
     """All of it."""
