@@ -15,6 +15,7 @@ from agent.controller.commands_events import events
 from agent.controller.commands_host import host
 from agent.controller.commands_instance import instance
 from agent.controller.commands_operation import operation
+from agent.controller.commands_rebuild import COMMANDS as REBUILD_COMMANDS
 from agent.controller.commands_snapshot import instance_backup, instance_backups, instance_export, snapshot
 from agent.controller.session import Address, RootGroup, Session
 
@@ -61,7 +62,7 @@ def cli(
 
 for command in (instance, host, operation, events, snapshot):
     cli.add_command(command)
-for command in (instance_export, instance_backup, instance_backups):
+for command in (instance_export, instance_backup, instance_backups, *REBUILD_COMMANDS):
     instance.add_command(command)
 
 

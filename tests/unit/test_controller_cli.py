@@ -405,3 +405,25 @@ def test_exports_and_snapshots(ctl: Ctl) -> None:
     assert "removed vm-daily-0" in done.output
     ctl.answers["instance.list-backups"] = succeed({"backups": [backup]})
     assert json.loads(ctl("instance", "backups", INSTANCE, "--json").output)["result"]["backups"] == [backup]
+
+
+def test_rebuild_rescue_shelf_and_restore(ctl: Ctl) -> None:
+    image = ["--image", "file:///images/a.qcow2", "--sha256", "a" * 64]
+    for verb, arguments in {
+        "rebuild": image,
+        "rescue": image,
+        "unrescue": ["--force"],
+        "shelve": ["--store", "main", "--name", "one"],
+        "unshelve": ["--keep-exports"],
+        "restore": [],
+    }.items():
+        ctl.answers[f"instance.{verb}"] = succeed({"observed": "running"})
+        done = ctl("instance", verb, INSTANCE, *arguments)
+        assert done.exit_code == 0, done.output
+        assert "now running" in done.output
+    assert ctl("instance", "rebuild", INSTANCE, "--image", "ftp://x/y", "--sha256", "a" * 64).exit_code == 2
+    wrong = ctl("instance", "shelve", INSTANCE, "--store", "main")
+    assert wrong.exit_code == 2
+    assert "store and name belong together" in wrong.output
+    ctl.answers["instance.delete"] = succeed({"restore_until": "2030-01-01T00:00:00Z"})
+    assert "can be restored" in ctl("instance", "rm", INSTANCE, "--restore-within", "60").output

@@ -84,7 +84,7 @@ def test_a_definition_without_a_rescue_disk_stays() -> None:
 
 def test_an_encrypted_rescue_disk_on_a_block_device() -> None:
     made = domain(disk("root", "sda", "scsi", None))
-    put_first(made, "scsi", Location("block", Path("/dev/vg/rescue"), "raw", Sealed("k", "a-uuid")))
+    put_first(made, "scsi", Location("block", Path("/dev/vg/rescue"), "raw", Sealed("k", "a-uuid", "usage")))
     source = made.find("devices/disk/source")
     assert source is not None
     assert source.get("dev") == "/dev/vg/rescue"
