@@ -78,7 +78,14 @@ def _data(model: type[C], **values: Any) -> C:
 
 
 def _run(
-    session: Session, data: CommandData, instance_id: str, host: str, options: dict[str, Any], past: str, limit_s: float
+    session: Session,
+    data: CommandData,
+    instance_id: str,
+    host: str,
+    options: dict[str, Any],
+    *,
+    past: str,
+    limit_s: float,
 ) -> None:
     how = sending(options)
     done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=limit_s)
@@ -111,7 +118,7 @@ def instance_rebuild(
     """Make an instance anew from another image; its data disks are kept."""
     image = {"url": url, "sha256": sha256, "format": format_}
     data = _data(InstanceRebuild, image=image, force=force, timeout_s=guest_timeout_s)
-    _run(session, data, instance_id, host, options, "rebuilt", IMAGE_TIMEOUT_S + guest_timeout_s)
+    _run(session, data, instance_id, host, options, past="rebuilt", limit_s=IMAGE_TIMEOUT_S + guest_timeout_s)
 
 
 @click.command("rescue")
@@ -138,7 +145,7 @@ def instance_rescue(
     """Boot an instance from a rescue image, its own disks behind it."""
     image = {"url": url, "sha256": sha256, "format": format_}
     data = _data(InstanceRescue, image=image, force=force, timeout_s=guest_timeout_s)
-    _run(session, data, instance_id, host, options, "rescued", IMAGE_TIMEOUT_S + guest_timeout_s)
+    _run(session, data, instance_id, host, options, past="rescued", limit_s=IMAGE_TIMEOUT_S + guest_timeout_s)
 
 
 @click.command("unrescue")
@@ -153,7 +160,7 @@ def instance_unrescue(
 ) -> None:
     """Boot an instance from its own disks again."""
     data = _data(InstanceUnrescue, force=force, timeout_s=guest_timeout_s)
-    _run(session, data, instance_id, host, options, "unrescued", 120.0 + guest_timeout_s)
+    _run(session, data, instance_id, host, options, past="unrescued", limit_s=120.0 + guest_timeout_s)
 
 
 @click.command("shelve")
@@ -182,7 +189,7 @@ def instance_shelve(
     """Stop an instance, export its disks and remove them from the host."""
     target = {key: value for key, value in (("store", store), ("name", name), ("url", url)) if value is not None}
     data = _data(InstanceShelve, target=target, force=force, timeout_s=guest_timeout_s)
-    _run(session, data, instance_id, host, options, "shelved", EXPORT_TIMEOUT_S + guest_timeout_s)
+    _run(session, data, instance_id, host, options, past="shelved", limit_s=EXPORT_TIMEOUT_S + guest_timeout_s)
 
 
 @click.command("unshelve")
@@ -198,7 +205,7 @@ def instance_unshelve(
 ) -> None:
     """Bring a shelved instance back."""
     data = _data(InstanceUnshelve, keep_exports=keep_exports, url=url)
-    _run(session, data, instance_id, host, options, "unshelved", EXPORT_TIMEOUT_S)
+    _run(session, data, instance_id, host, options, past="unshelved", limit_s=EXPORT_TIMEOUT_S)
 
 
 @click.command("restore")
@@ -209,7 +216,7 @@ def instance_unshelve(
 @pass_session
 def instance_restore(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
     """Bring back an instance that was removed with --restore-within."""
-    _run(session, InstanceRestore(), instance_id, host, options, "restored", 120.0)
+    _run(session, InstanceRestore(), instance_id, host, options, past="restored", limit_s=120.0)
 
 
 COMMANDS = (

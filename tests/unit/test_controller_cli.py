@@ -228,7 +228,9 @@ def test_power_commands(ctl: Ctl, args: tuple[str, ...], verb: str, data: dict[s
     result = ctl("instance", args[0], INSTANCE, *args[1:])
     assert (result.exit_code, result.stdout) == (0, f"{INSTANCE} unchanged, now stopped, forced (12 ms)\n")
     [command] = ctl.commands
-    assert (command.verb, command.subject, command.data.model_dump()) == (verb, INSTANCE, data)
+    dumped = command.data.model_dump()
+    assert (command.verb, command.subject, {key: dumped[key] for key in data}) == (verb, INSTANCE, data)
+    assert command.data == type(command.data)(**data)
 
 
 def _instances(command: Command[Any]) -> list[Any]:
