@@ -37,6 +37,11 @@ def test_every_type_is_known(data: Any) -> None:
     needs: dict[str, Any] = {"subject": INSTANCE} if data.subject_required else {}
     fill = {"instance.create": create(), "host.set-enabled": {"enabled": True}}
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
+    image = {"image": {"url": "file:///a", "sha256": "0" * 64, "format": "raw"}}
+    target = {"target": {"store": "main", "name": "one"}}
+    fill |= {"instance.rebuild": image, "instance.rescue": image, "instance.shelve": target, "instance.export": target}
+    fill |= {"instance.backup": {"series": "daily", "keep": 1, "store": "main"}}
+    fill |= {f"snapshot.{verb}": {"name": "one"} for verb in ("create", "revert", "delete")}
     assert parse_command(command(data.verb, fill.get(data.verb, {}), **needs)).type == type_of(data.verb)
 
 
