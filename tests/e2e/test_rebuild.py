@@ -226,7 +226,7 @@ async def test_rescue_boots_its_image_before_the_guests_own_disk(
     definition = ET.fromstring(libvirtd.virsh("dumpxml", guest))
     disks = [disk for disk in definition.findall("devices/disk") if disk.get("device") == "disk"]
     assert [disk.find("target").get("dev") for disk in disks] == ["vda", "vdb"]
-    assert [disk.find("boot") is not None for disk in disks] == [True, False]
+    assert [disk.find("boot").get("order") for disk in disks] == ["1", "2"]
 
     for command in (InstanceRebuild(image=other), InstanceRescue(image=other)):
         refusal = await host.refused(command, guest)
