@@ -38,6 +38,7 @@ from agent.handlers import audit, drain, host, operation
 from agent.handlers.due import issue_due
 from agent.handlers.images import Usage
 from agent.handlers.routes import ROUTES
+from agent.handlers.states import guarded
 from agent.health import HealthServer, Watchdog
 from agent.identity import compute_id
 from agent.images.cache import ImageCache
@@ -130,7 +131,7 @@ class Agent:
         self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
         self._registry = Registry(
             (
-                *ROUTES,
+                *map(guarded, ROUTES),
                 *host.routes(lambda: self._heartbeat.build()),  # noqa: PLW0108 - made after the routes
                 *operation.routes(lambda: self._runner),
                 *audit.routes(lambda: self._runner, lambda: self._leftovers),

@@ -4,6 +4,7 @@
 #   compute-agent guest is up
 #   guest: vcpus=<n> memory_kib=<n> disk_sectors=<n>     again whenever one of them changes
 #   guest: boots=<n>                                      kept on the disk, so snapshots take it back
+#   guest: other=<disk> sectors=<n> boots=<n>             one line per further virtio disk; boots as that disk has it
 #   guest: mac=<address>                                  one line per interface
 #   seed: label=<cidata|config-2>  or  seed: none
 #   seed: instance-id=<id>
@@ -69,6 +70,15 @@ count_boot() {
   boots=$((${boots:-0} + 1))
   printf '%-511s\n' "${boots}" | dd of=/dev/vda bs=512 seek=1024 count=1 conv=fsync,notrunc 2>/dev/null
   echo "guest: boots=${boots}"
+}
+
+other_disks() {
+  for disk in /sys/block/vd[b-z]; do
+    [ -e "${disk}/size" ] || continue
+    read -r sectors <"${disk}/size"
+    boots="$(dd if="/dev/${disk##*/}" bs=512 skip=1024 count=1 2>/dev/null | tr -cd '0-9')"
+    echo "guest: other=${disk##*/} sectors=${sectors} boots=${boots:-0}"
+  done
 }
 
 power_button() {
@@ -251,6 +261,7 @@ case "$(cat /proc/cmdline)" in
 esac
 power_button
 count_boot
+other_disks
 for nic in /sys/class/net/*; do
   [ "${nic##*/}" = lo ] || echo "guest: mac=$(cat "${nic}/address")"
 done

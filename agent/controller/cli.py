@@ -18,6 +18,7 @@ from agent.controller.commands_image import image
 from agent.controller.commands_instance import instance
 from agent.controller.commands_memory import COMMANDS as MEMORY_COMMANDS
 from agent.controller.commands_operation import operation
+from agent.controller.commands_rebuild import COMMANDS as REBUILD_COMMANDS
 from agent.controller.commands_resize import COMMANDS as RESIZE
 from agent.controller.commands_snapshot import instance_backup, instance_backups, instance_export, snapshot
 from agent.controller.session import Address, RootGroup, Session
@@ -65,7 +66,15 @@ def cli(
 
 for command in (instance, host, image, operation, events, snapshot):
     cli.add_command(command)
-for command in (instance_adopt, instance_export, instance_backup, instance_backups, *MEMORY_COMMANDS, *RESIZE):
+for command in (
+    instance_adopt,
+    instance_export,
+    instance_backup,
+    instance_backups,
+    *MEMORY_COMMANDS,
+    *RESIZE,
+    *REBUILD_COMMANDS,
+):
     instance.add_command(command)
 
 

@@ -236,12 +236,31 @@ def instance_resume(session: Session, /, *, instance_id: str, host: str, **optio
 @instance.command("rm")
 @instance_argument
 @host_option
+@click.option(
+    "--restore-within",
+    "restore_within_s",
+    metavar="SECONDS",
+    type=click.FloatRange(0, 10 * 366 * 86_400, min_open=True),
+    help="Only stop it, and remove it after so long unless it is restored.",
+)
+@click.option("--keep-exports", is_flag=True, help="Of a shelved instance: leave its exports where they are.")
 @sending_options
 @json_option
 @pass_session
-def instance_rm(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
+def instance_rm(
+    session: Session,
+    /,
+    *,
+    instance_id: str,
+    host: str,
+    restore_within_s: float | None,
+    keep_exports: bool,
+    **options: Any,
+) -> None:
     """End an instance and remove everything it owns on its host."""
-    power(session, InstanceDelete(), instance_id, host, options, past="removed")
+    data = InstanceDelete(restore_within_s=restore_within_s, keep_exports=keep_exports)
+    past = "removed" if restore_within_s is None else "deleted, and can be restored"
+    power(session, data, instance_id, host, options, past=past, extra_s=data.timeout_s)
 
 
 def power(

@@ -63,7 +63,7 @@ def claim(spec: InstanceSpec, life: Life = ORDINARY) -> dict[str, int]:
     While a resize waits to be confirmed, the larger of old and new is claimed, so that it can be taken back. What is
     on the shelf claims nothing; what can still be restored after a soft delete claims all.
     """
-    if life.shelf is not None:
+    if life.shelf is not None and not life.shelf.returning:
         return {}
     vcpus, memory_mib = spec.vcpus, spec.memory_mib
     if life.resize is not None:

@@ -118,7 +118,7 @@ class _Difference:
             id=domain.id,
             spec=domain.spec,
             generation=domain.generation or 0,
-            desired=_ADOPTED.get(domain.power, "stopped"),
+            desired=_desired(domain),
             observed=domain.power,
             reason=domain.reason,
             created_by="",
@@ -148,3 +148,10 @@ class _Difference:
 
     def _event(self, data: EventData, *, subject: str) -> None:
         self.change.events.append(self._ctx.journal.event(data, subject=subject))
+
+
+def _desired(domain: DomainInfo) -> DesiredState:
+    """What must have been asked for, as far as the domain tells."""
+    if domain.life.soft_delete is not None:
+        return "deleted"
+    return _ADOPTED.get(domain.power, "stopped")

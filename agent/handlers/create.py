@@ -133,10 +133,12 @@ async def _unclaim(op: Operation, data: InstanceCreate) -> None:
 
 async def prepared_images(op: Operation, spec: InstanceSpec) -> dict[str, PreparedImage]:
     """Fetch and verify every image of the spec, in one step each: `image` for the root disk, `image:<name>` else."""
-    return {name: await _prepared(op, name, source) for name, source in images_of(spec).items()}
+    return {name: await prepared_image(op, name, source) for name, source in images_of(spec).items()}
 
 
-async def _prepared(op: Operation, name: str, source: ImageSource) -> PreparedImage:
+async def prepared_image(op: Operation, name: str, source: ImageSource) -> PreparedImage:
+    """Fetch and verify one image in a step of its own."""
+
     async def fetch() -> Json:
         image = await op.ctx.images.prepare(
             source,

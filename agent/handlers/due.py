@@ -8,14 +8,14 @@ from datetime import datetime
 from agent.core.context import Context
 from agent.core.issue import issue
 from agent.core.runner import Runner
-from agent.handlers import resize
+from agent.handlers import resize, restore
 from agent.messages.verb import CommandData
 from agent.store.base import InstanceRecord
 
 Due = Callable[[InstanceRecord, datetime], Iterator[tuple[str, CommandData]]]
 """Gives the commands that an instance is due for at a time, each with an id that names its cause."""
 
-SOURCES: tuple[Due, ...] = (resize.due,)
+SOURCES: tuple[Due, ...] = (resize.due, restore.overdue)
 """One of each family that has deadlines."""
 
 

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from agent.core.registry import Route
-from agent.handlers import adopt, backup, create, delete, export, images, live, memory, power, read, resize, snapshot
+from agent.handlers import (
+    adopt,
+    backup,
+    create,
+    delete,
+    export,
+    images,
+    live,
+    memory,
+    power,
+    read,
+    rebuild,
+    rescue,
+    resize,
+    restore,
+    shelve,
+    snapshot,
+)
 
 ROUTES: tuple[Route, ...] = (
     *adopt.ROUTES,
@@ -12,6 +29,10 @@ ROUTES: tuple[Route, ...] = (
     *power.ROUTES,
     *memory.ROUTES,
     *read.ROUTES,
+    *rebuild.ROUTES,
+    *rescue.ROUTES,
+    *restore.ROUTES,
+    *shelve.ROUTES,
     *export.ROUTES,
     *backup.ROUTES,
     *snapshot.ROUTES,
@@ -19,3 +40,4 @@ ROUTES: tuple[Route, ...] = (
     *resize.ROUTES,
     *live.ROUTES,
 )
+"""As the modules have them: `guarded` is put around each where they are registered."""

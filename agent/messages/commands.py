@@ -9,7 +9,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AwareDatetime,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from agent.errors import InvalidArgument
@@ -21,6 +29,8 @@ from agent.messages.verb import CommandData
 MAX_COMMAND_BYTES = 1024 * 1024
 """A larger body is refused before it is parsed; the largest valid create stays below a quarter of it."""
 
+RestoreS = Annotated[float, Field(gt=0, le=10 * 366 * 86_400, allow_inf_nan=False)]
+
 
 class InstanceCreate(CommandData):
     """Make an instance from its spec and start it unless `start` is false. `subject` is the new instance's id."""
@@ -31,9 +41,24 @@ class InstanceCreate(CommandData):
 
 
 class InstanceDelete(CommandData):
-    """End an instance and remove everything it owns on this host. Deleting an unknown instance is `not_found`."""
+    """End an instance and remove everything it owns on this host. Deleting an unknown instance is `not_found`.
+
+    With `restore_within_s` it is only stopped (ended after `timeout_s`), and `instance.restore` brings it back for so
+    long; then it is removed. `if_overdue`: remove it only if it is soft-deleted and its time to be restored has passed.
+    A shelved instance's exports are removed with it unless `keep_exports`.
+    """
 
     verb: ClassVar[str] = "instance.delete"
+    restore_within_s: RestoreS | None = None
+    timeout_s: TimeoutS = 60.0
+    if_overdue: bool = False
+    keep_exports: bool = False
+
+    @model_validator(mode="after")
+    def _one_way(self) -> InstanceDelete:
+        if self.if_overdue and self.restore_within_s is not None:
+            raise ValueError("give restore_within_s or if_overdue, not both")
+        return self
 
 
 class InstanceStart(CommandData):

@@ -52,11 +52,15 @@ class ShelvedDisk(Outbound):
 
 
 class Shelf(Outbound):
-    """The instance is stopped, its disks are exported and removed from this host; it claims no resources."""
+    """The instance is stopped, its disks are exported and removed from this host; it claims no resources.
+
+    `returning`: an unshelve is under way, and it claims them again.
+    """
 
     disks: list[ShelvedDisk]
     since: datetime
     was_running: bool
+    returning: bool = False
 
 
 class SoftDelete(Outbound):

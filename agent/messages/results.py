@@ -44,9 +44,10 @@ class PowerResult(Outbound):
 
 
 class DeleteResult(Outbound):
-    """The instance is gone."""
+    """The instance is gone, or, with `restore_until`, is stopped and can be restored until then."""
 
     instance_id: str
+    restore_until: datetime | None = None
 
 
 class ForeignDomain(Outbound):
@@ -135,6 +136,12 @@ RESULTS: dict[str, type[Outbound]] = {
     "instance.reboot": PowerResult,
     "instance.pause": PowerResult,
     "instance.resume": PowerResult,
+    "instance.rebuild": InstanceView,
+    "instance.rescue": InstanceView,
+    "instance.unrescue": InstanceView,
+    "instance.restore": InstanceView,
+    "instance.shelve": InstanceView,
+    "instance.unshelve": InstanceView,
     "instance.show": InstanceView,
     "instance.list": InstanceListResult,
     "instance.suspend": PowerResult,

@@ -41,9 +41,11 @@ def test_every_type_is_known(data: Any) -> None:
     fill |= {verb: {"operation_id": "x"} for verb in ("operation.show", "operation.cancel")}
     fill |= {verb: {"sha256": "0" * 64} for verb in ("image.remove", "image.verify")}
     fill["image.prefetch"] = {"image": {"url": "https://x/y", "sha256": "0" * 64, "format": "raw"}}
-    fill |= {f"snapshot.{verb}": {"name": "s"} for verb in ("create", "revert", "delete")}
-    fill["instance.export"] = {"target": {"store": "main", "name": "copy"}}
-    fill["instance.backup"] = {"series": "daily", "keep": 1, "store": "main"}
+    image = {"image": {"url": "file:///a", "sha256": "0" * 64, "format": "raw"}}
+    target = {"target": {"store": "main", "name": "one"}}
+    fill |= {"instance.rebuild": image, "instance.rescue": image, "instance.shelve": target, "instance.export": target}
+    fill |= {"instance.backup": {"series": "daily", "keep": 1, "store": "main"}}
+    fill |= {f"snapshot.{verb}": {"name": "one"} for verb in ("create", "revert", "delete")}
     assert parse_command(command(data.verb, fill.get(data.verb, {}), **needs)).type == type_of(data.verb)
 
 

@@ -232,7 +232,9 @@ def test_power_commands(ctl: Ctl, args: tuple[str, ...], verb: str, data: dict[s
     result = ctl("instance", args[0], INSTANCE, *args[1:])
     assert (result.exit_code, result.stdout) == (0, f"{INSTANCE} unchanged, now stopped, forced (12 ms)\n")
     [command] = ctl.commands
-    assert (command.verb, command.subject, command.data.model_dump()) == (verb, INSTANCE, data)
+    dumped = command.data.model_dump()
+    assert (command.verb, command.subject, {key: dumped[key] for key in data}) == (verb, INSTANCE, data)
+    assert command.data == type(command.data)(**data)
 
 
 def _instances(command: Command[Any]) -> list[Any]:
@@ -452,3 +454,25 @@ def test_a_policy_is_changed_by_name(ctl: Ctl) -> None:
     [command] = ctl.commands
     assert command.data.model_dump(exclude_none=True) == {"on_stop": "restart"}
     assert ctl("instance", "set-policy", INSTANCE).exit_code == 2
+
+
+def test_rebuild_rescue_shelf_and_restore(ctl: Ctl) -> None:
+    image = ["--image", "file:///images/a.qcow2", "--sha256", "a" * 64]
+    for verb, arguments in {
+        "rebuild": image,
+        "rescue": image,
+        "unrescue": ["--force"],
+        "shelve": ["--store", "main", "--name", "one"],
+        "unshelve": ["--keep-exports"],
+        "restore": [],
+    }.items():
+        ctl.answers[f"instance.{verb}"] = succeed({"observed": "running"})
+        done = ctl("instance", verb, INSTANCE, *arguments)
+        assert done.exit_code == 0, done.output
+        assert "now running" in done.output
+    assert ctl("instance", "rebuild", INSTANCE, "--image", "ftp://x/y", "--sha256", "a" * 64).exit_code == 2
+    wrong = ctl("instance", "shelve", INSTANCE, "--store", "main")
+    assert wrong.exit_code == 2
+    assert "store and name belong together" in wrong.output
+    ctl.answers["instance.delete"] = succeed({"restore_until": "2030-01-01T00:00:00Z"})
+    assert "can be restored" in ctl("instance", "rm", INSTANCE, "--restore-within", "60").output

@@ -17,6 +17,10 @@ from agent.messages.spec import ROOT, InstanceSpec
 from agent.messages.spec_disks import CdromDisk
 from agent.messages.types import UUID_PATTERN
 
+NEW: Final = "_new"
+"""Added to a disk's name while its successor waits beside it. No disk of a spec can have such a name."""
+RESCUE: Final = "rescue_disk"
+"""The rescue disk. Nor this one."""
 _MIB: Final = 1024 * 1024
 _SUFFIX: Final = ".qcow2"
 
@@ -96,6 +100,7 @@ class Disks:
         self.used_mib += disk.size_mib - (0 if old is None else old.size_mib)
         self._by_id.setdefault(instance_id, {})[name] = disk
         if self.folder is not None:
+            (self.folder / instance_id).mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / instance_id / (name + _SUFFIX), json.dumps(asdict(disk)))
 
     def remove_one(self, instance_id: str, name: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent.drivers.base import DomainInfo, DriverEvent, PowerChanged, Reported
 from agent.drivers.cpuset import assign
-from agent.drivers.fake.disks import Disk, Disks
+from agent.drivers.fake.disks import RESCUE, Disk, Disks
 from agent.drivers.fake.domains import Domain, Domains
 from agent.drivers.fake.live import Live, check_nics
 from agent.drivers.fake.settings import FakeSettings
@@ -174,6 +174,8 @@ class Hypervisor:
                 return
             if self.disks.get(instance_id) is None and domain.life.adopted is None:
                 raise FailedPrecondition(f"domain {domain.name} has no root disk", code="disk_missing")
+            if domain.life.rescue is not None and self.disks.get(instance_id, RESCUE) is None:
+                raise FailedPrecondition(f"domain {domain.name} has no rescue disk", code="disk_missing")
             self.disks.touch_console(instance_id)
             self._boot(domain)
             steering = domain.steering

@@ -89,6 +89,20 @@ class DiskBackend:
         return self._keeper(volume).exists(volume)
 
     def create(self, volume: Volume, size_bytes: int, image: PreparedImage | None, call: CallContext) -> None:
+        keeper, key = self._begin(volume)
+        if keeper.exists(volume):
+            return
+        with self._source(volume, size_bytes, image, call) as source:
+            keeper.create(volume, size_bytes, source, key, call)
+
+    def create_from(self, volume: Volume, size_bytes: int, source: Source, call: CallContext) -> None:
+        """As `create`, with the content of a source that is no image of the cache."""
+        keeper, key = self._begin(volume)
+        if not keeper.exists(volume):
+            keeper.create(volume, size_bytes, source, key, call)
+
+    def _begin(self, volume: Volume) -> tuple[Keeper, Key | None]:
+        """Note a volume that is about to be made."""
         entry = self._entry(volume)
         keeper = self._backends.keeper(entry.backend, volume.name)
         key = self._key(entry)
@@ -96,10 +110,7 @@ class DiskBackend:
         with os_errors("making the instance's folder"):
             make_folder(folder)
         Manifest(folder).record([entry])
-        if keeper.exists(volume):
-            return
-        with self._source(volume, size_bytes, image, call) as source:
-            keeper.create(volume, size_bytes, source, key, call)
+        return keeper, key
 
     def size_bytes(self, volume: Volume) -> int:
         entry = self._entry(volume)

@@ -137,6 +137,8 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         files = self._storage.files(instance_id, spec)
+        if life.rescue is not None:
+            files = self._with_rescue_disk(files, instance_id, spec)
         with self._link.call() as connection:
             present = domains.check_free(connection, instance_id, spec.name)
             if life.adopted is not None:

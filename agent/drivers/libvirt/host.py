@@ -54,6 +54,8 @@ _SIMULATED_VERBS: Final = (
         "instance.memory-dump",
         "instance.set-memory-target",
         "instance.set-limits",
+        "instance.shelve",
+        "instance.unshelve",
     }
     - snapshot.VERBS
 )

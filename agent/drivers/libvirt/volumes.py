@@ -66,6 +66,9 @@ class Backend(Protocol):
         with a file system. A finished one is kept as it is. Back ends may round sizes up.
         """
 
+    def create_from(self, volume: Volume, size_bytes: int, source: Source, call: CallContext) -> None:
+        """As `create`, with the content of a source that is no image of the cache."""
+
     def size_bytes(self, volume: Volume) -> int:
         """The virtual size. Raises `NotFound`."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from agent.drivers.libvirt import metadata, xml_container, xml_limits, xml_machine
+from agent.drivers.libvirt import metadata, xml_container, xml_limits, xml_machine, xml_rescue
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.definition import text_element as _text
 from agent.drivers.libvirt.xml_devices import console_and_helpers, interface, mac_addresses
@@ -78,7 +78,10 @@ def build(
     devices.extend(_devices(instance_id, spec, facts, files))
     xml_limits.apply(domain, spec, facts, files)
     if present is not None and unchanged is not None:
+        xml_rescue.take_out(present)
         keep_hardware(domain, present, unchanged)
+    if life.rescue is not None:
+        xml_rescue.put_first(domain, spec.root_disk.bus, files.disks[xml_rescue.RESCUE])
     return _text_of(domain)
 
 

@@ -5,7 +5,10 @@ A driver from elsewhere runs the suite by giving a fixture `driver_case` that re
 
 from __future__ import annotations
 
+import atexit
+import functools
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -27,6 +30,8 @@ from agent.drivers.base import (
     PowerChanged,
     PreparedImage,
 )
+from agent.drivers.fake.verbs_snapshot import empty_qcow2
+from agent.drivers.verbs.rebuild import ImportedDisk
 from agent.drivers.verbs.snapshot import ExportRequest, RevertRequest, SnapshotRequest
 from agent.errors import Unsupported
 from agent.messages.events import PowerState
@@ -202,6 +207,16 @@ def count_calls() -> Iterator[dict[str, int]]:
         sys.setprofile(None)
 
 
+@functools.cache
+def small_image() -> PreparedImage:
+    """An empty qcow2 image of the size of `make_spec`'s root disk, of which nothing is left in the end."""
+    folder = tempfile.TemporaryDirectory(prefix="contract-image-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "image.qcow2"
+    path.write_bytes(empty_qcow2(16 * 1024 * 1024))
+    return PreparedImage(path=path, format="qcow2", virtual_size_bytes=16 * 1024 * 1024, sha256="0" * 64)
+
+
 Verb = Callable[[Driver, str], object]
 
 NO_EXPORT = ExportRequest({"root": Path("/nonexistent/root.qcow2")}, "qcow2")
@@ -212,6 +227,15 @@ OPTIONAL: dict[str, Verb] = {
     "instance.resume": lambda driver, uid: driver.resume(uid),
     "instance.reboot": lambda driver, uid: driver.reboot(uid),
     "console.log": lambda driver, uid: driver.console_log(uid, 1024),
+    "instance.rebuild": lambda driver, uid: driver.prepare_rebuild(uid, make_spec(), small_image(), CallContext()),
+    "instance.rescue": lambda driver, uid: driver.create_rescue_disk(uid, make_spec(), small_image(), CallContext()),
+    "instance.unrescue": lambda driver, uid: driver.create_rescue_disk(uid, make_spec(), small_image(), CallContext()),
+    "instance.shelve": lambda driver, uid: driver.import_disk(
+        uid, make_spec(), ImportedDisk("root", small_image().path, None), CallContext()
+    ),
+    "instance.unshelve": lambda driver, uid: driver.import_disk(
+        uid, make_spec(), ImportedDisk("root", small_image().path, None), CallContext()
+    ),
     "instance.export": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
     "instance.backup": lambda driver, uid: driver.export_disks(uid, make_spec(), NO_EXPORT, CallContext()),
     "snapshot.create": lambda driver, uid: driver.create_snapshot(uid, make_spec(), SnapshotRequest("s"), CallContext()),

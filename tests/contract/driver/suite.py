@@ -14,6 +14,7 @@ from contract_life import LifeContract
 from contract_machine import MachineContract
 from contract_memory import MemoryContract
 from contract_reading import ReadingContract
+from contract_rebuild import RebuildContract
 from contract_resize import ResizeContract
 from contract_snapshot import SnapshotContract
 from contract_storage import StorageContract
@@ -25,6 +26,7 @@ class DriverContract(
     MemoryContract,
     DefinitionContract,
     ReadingContract,
+    RebuildContract,
     ResizeContract,
     StorageContract,
     SnapshotContract,
