@@ -161,7 +161,7 @@ def plain(domain: ET.Element | None) -> str:
 def test_a_real_libvirtd_takes_every_definition_of_the_matrix(daemon: PrivateLibvirtd, uefi_folder: Path) -> None:
     connection = libvirt.open(daemon.uri)
     facts = HostFacts(
-        "qemu", "x86_64", "q35", "auto", None, None, "none", "127.0.0.1",
+        "qemu", "x86_64", "q35", "auto", None, None, "127.0.0.1",
         machines=parse_capabilities(connection.getCapabilities()).machines, firmware_folders=(uefi_folder,),
         shared_cpus=frozenset({0}), shares={"data": Path("/srv/data")},
     )  # fmt: skip

@@ -35,7 +35,7 @@ HOST = refusals.Host(
 @pytest.fixture
 def facts(tmp_path: Path, firmware_folder: Path) -> HostFacts:
     return HostFacts(
-        "qemu", "x86_64", "q35", "auto", None, None, "none", "127.0.0.1",
+        "qemu", "x86_64", "q35", "auto", None, None, "127.0.0.1",
         machines={"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2"}, firmware_folders=(firmware_folder,),
         shares={"data": tmp_path, "lost": tmp_path / "not-there"},
     )  # fmt: skip

@@ -31,7 +31,8 @@ from agent.messages.verbs_snapshot import (
 async def host(tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
     (tmp_path / "store").mkdir()
     made = await World(
-        tmp_path, exports={"stores": {"main": str(tmp_path / "store")}}, snapshots={"max_per_instance": 2}
+        tmp_path, driver={"keys": ["k"]}, exports={"stores": {"main": str(tmp_path / "store")}},
+        snapshots={"max_per_instance": 2},
     ).open()
     await made.start()
     yield made

@@ -54,7 +54,7 @@ def test_every_definition_of_the_matrix_is_valid(firmware_folder: Path) -> None:
         pytest.skip(f"libvirt's schemas are not installed ({SCHEMA})")
     schema = etree.RelaxNG(etree.parse(SCHEMA))
     facts = HostFacts(
-        "qemu", "x86_64", "q35", "auto", None, None, "none", "127.0.0.1",
+        "qemu", "x86_64", "q35", "auto", None, None, "127.0.0.1",
         machines={"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2"},
         firmware_folders=(firmware_folder,), shared_cpus=frozenset({0}), shares={"data": Path("/srv/data")},
     )  # fmt: skip

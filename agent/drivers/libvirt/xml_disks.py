@@ -16,22 +16,13 @@ from xml.etree import ElementTree as ET
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles, Tuning, text_element
 from agent.drivers.libvirt.volumes import ROOT, Location
 from agent.messages.spec import InstanceSpec
-from agent.messages.spec_disks import CdromDisk, DataDisk, DiskOptions, RootDisk
-from agent.messages.spec_limits import DiskLimits
+from agent.messages.spec_disks import CdromDisk, DataDisk, RootDisk
 
 _SCSI_UNITS: Final = 15
 """Disks of one controller, as libvirt deals them out by the letters of their targets."""
 _IDE_TARGETS: Final = ("hdc", "hdd", "hda", "hdb")
 SEED: Final = "boot.seed"
 """The seed's drive among the targets; no disk can have this name."""
-_LIMITS: Final = {
-    "total_bytes_s": "total_bytes_sec",
-    "read_bytes_s": "read_bytes_sec",
-    "write_bytes_s": "write_bytes_sec",
-    "total_iops": "total_iops_sec",
-    "read_iops": "read_iops_sec",
-    "write_iops": "write_iops_sec",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +64,7 @@ def disks(spec: InstanceSpec, facts: HostFacts, files: InstanceFiles) -> Iterato
             element = _cd(files.disks[name], places[name])
         else:
             tuning = None if facts.domain_type == "test" else files.tuning.get(name, Tuning())
-            element = _disk(name, disk, files.disks[name], places[name], tuning=tuning)
+            element = _disk(name, files.disks[name], places[name], tuning=tuning)
         if name in order:
             ET.SubElement(element, "boot", {"order": str(order.index(name) + 1)})
         yield element
@@ -112,15 +103,13 @@ def kernel(system: ET.Element, spec: InstanceSpec, files: InstanceFiles) -> None
         text_element(system, "cmdline", spec.boot.kernel.cmdline)
 
 
-def _disk(name: str, disk: DiskOptions, place: Location, target: Target, *, tuning: Tuning | None) -> ET.Element:
+def _disk(name: str, place: Location, target: Target, *, tuning: Tuning | None) -> ET.Element:
     element = ET.Element("disk", {"type": place.kind, "device": "disk"})
     driver = ET.SubElement(element, "driver", {"name": "qemu", "type": place.format})
     if tuning is not None:
         _tune(driver, tuning)
     _source(element, place)
     ET.SubElement(element, "target", {"dev": target.device, "bus": target.bus})
-    if disk.limits is not None:
-        _limit(element, disk.limits)
     text_element(element, "serial", name)
     return element
 
@@ -141,14 +130,6 @@ def _source(element: ET.Element, place: Location) -> None:
     if place.sealed is not None:
         encryption = ET.SubElement(source, "encryption", {"format": "luks"})
         ET.SubElement(encryption, "secret", {"type": "passphrase", "uuid": place.sealed.secret_uuid})
-
-
-def _limit(element: ET.Element, limits: DiskLimits) -> None:
-    tune = ET.SubElement(element, "iotune")
-    for field, tag in _LIMITS.items():
-        value = getattr(limits, field)
-        if value is not None:
-            text_element(tune, tag, str(value))
 
 
 def _cd(place: Location, target: Target) -> ET.Element:
