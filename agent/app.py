@@ -398,10 +398,11 @@ class Agent:
 
 def _places(settings: Settings, state_dir: Path) -> list[Place]:
     """Where the agent leaves things that an audit knows by name."""
-    dumps, kept_s = state_dir / "dumps", settings.audit.memory_dump_age_s
+    dumps = Path(settings.driver.settings.get("dumps_dir") or state_dir / "dumps")
+    kept_s = settings.audit.memory_dump_age_s
     places = [
         Place(state_dir / "images", "partial-download", (f"{PARTIAL_PREFIX}*",)),
-        Place(state_dir / "exports", "staging"),
+        Place(settings.exports.staging_dir or state_dir / "exports", "staging"),
         Place(dumps, "memory-dump", ("*.part",)),
     ]
     return places if kept_s is None else [*places, Place(dumps, "memory-dump", ("*",), older_than_s=kept_s)]

@@ -7,7 +7,6 @@ that it is named after: the journal knows that one, and that it has ended.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,14 +19,10 @@ from typing import Final
 
 from agent.drivers.verbs.host import Artifact, ArtifactKind
 from agent.errors import FailedPrecondition, Internal
+from agent.exports.service import claim_of
 from agent.store.base import OperationRecord
 
 _CLAIM: Final = re.compile(r"[0-9a-f]{16}")
-
-
-def claim_of(operation_id: str) -> str:
-    """The name of the folder in which an operation stages what it makes."""
-    return hashlib.sha256(operation_id.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

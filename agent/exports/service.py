@@ -23,7 +23,7 @@ log = structlog.get_logger("exports")
 
 
 def claim_of(operation_id: str) -> str:
-    """A name for an operation that is safe in file names."""
+    """A name for an operation that is safe in file names: its staging folder has it."""
     return hashlib.sha256(operation_id.encode()).hexdigest()[:16]
 
 

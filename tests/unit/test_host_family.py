@@ -13,7 +13,7 @@ import pytest
 from support.world import World, new_id, spec, until
 
 from agent.core.adopted import ADOPTED_VERBS, check_adopted
-from agent.core.leftovers import claim_of
+from agent.exports.service import claim_of
 from agent.drivers.fake.settings import Fault
 from agent.errors import FailedPrecondition
 from agent.handlers.audit import PeriodicAudit
