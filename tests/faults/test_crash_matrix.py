@@ -40,7 +40,12 @@ def hypervisor(request: pytest.FixtureRequest) -> PrivateLibvirtd | None:
 
 @pytest.fixture
 async def agent(world: World, hypervisor: PrivateLibvirtd | None) -> AgentProcess:
-    return await (world.fake_agent() if hypervisor is None else world.libvirt_agent(hypervisor))
+    store = world.folder / "store"
+    store.mkdir()
+    settings = {"exports": {"stores": {"main": str(store)}}}
+    return await (
+        world.fake_agent(settings=settings) if hypervisor is None else world.libvirt_agent(hypervisor, settings=settings)
+    )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

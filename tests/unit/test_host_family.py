@@ -13,9 +13,9 @@ import pytest
 from support.world import World, new_id, spec, until
 
 from agent.core.adopted import ADOPTED_VERBS, check_adopted
-from agent.exports.service import claim_of
 from agent.drivers.fake.settings import Fault
 from agent.errors import FailedPrecondition
+from agent.exports.service import claim_of
 from agent.handlers.audit import PeriodicAudit
 from agent.messages.commands import (
     COMMANDS,
