@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import uuid
@@ -44,9 +45,10 @@ from agent.messages.commands import (
 )
 from agent.messages.events import EVENTS
 from agent.messages.results import RESULTS
-from agent.messages.spec import InstanceSpec, RootDisk, Seed, UserNic
+from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, Seed, UserNic
 from agent.messages.spec_limits import DiskLimits
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
+from agent.messages.verbs_image import ImageList, ImagePrefetch, ImageRemove, ImageVerify
 from agent.messages.verbs_memory import (
     InstanceMemoryDump,
     InstanceReset,
@@ -54,12 +56,30 @@ from agent.messages.verbs_memory import (
     InstanceSuspend,
     InstanceTriggerCrashDump,
 )
+from agent.messages.verbs_rebuild import (
+    InstanceRebuild,
+    InstanceRescue,
+    InstanceRestore,
+    InstanceShelve,
+    InstanceUnrescue,
+    InstanceUnshelve,
+)
 from agent.messages.verbs_resize import (
     InstanceConfirmResize,
     InstanceResize,
     InstanceRevertResize,
     InstanceSetLimits,
     InstanceSetMemoryTarget,
+)
+from agent.messages.verbs_snapshot import (
+    ExportTarget,
+    InstanceBackup,
+    InstanceExport,
+    InstanceListBackups,
+    SnapshotCreate,
+    SnapshotDelete,
+    SnapshotList,
+    SnapshotRevert,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -245,8 +265,13 @@ async def test_agent_sends_what_the_document_says(document: Json, tmp_path: Path
             "bus": {"url": "amqp://unused/"},
             "driver": {"name": "fake"},
             "health": {"listen": ""},
+            "images": {"file_roots": [str(tmp_path)]},
+            "exports": {"stores": {"main": str(tmp_path)}},
         }
     )
+    path = tmp_path / "tiny.raw"
+    path.write_bytes(b"tiny" + bytes(1024 * 1024 - 4))
+    image = ImageSource(url=path.as_uri(), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format="raw")
     broker = MemoryBroker()
     watcher = MemoryBus(broker, name="watcher")
     await watcher.connect(timeout_s=1)
@@ -266,7 +291,7 @@ async def test_agent_sends_what_the_document_says(document: Json, tmp_path: Path
         await agent.wait_ready(10)
         assert isinstance(agent.ctx.driver, FakeDriver)
         foreign = agent.ctx.driver.add_foreign("legacy")
-        await _use_every_verb(broker, foreign)
+        await _use_every_verb(broker, foreign, image)
     finally:
         await agent.stop()
         await watcher.close()
@@ -287,7 +312,7 @@ def _event_errors(document: Json, message: Json) -> Iterator[str]:
         yield from _payload_errors(document, f"{verb.__name__}Succeeded", message)
 
 
-async def _use_every_verb(broker: MemoryBroker, foreign: str) -> None:
+async def _use_every_verb(broker: MemoryBroker, foreign: str, image: ImageSource) -> None:
     spec = InstanceSpec(
         name="web-1",
         vcpus=1,
@@ -318,6 +343,20 @@ async def _use_every_verb(broker: MemoryBroker, foreign: str) -> None:
             InstanceRevertResize(),
             InstanceResize(disks_mib={"root": 128}, timeout_s=0),
             InstanceConfirmResize(),
+            SnapshotCreate(name="one"),
+            SnapshotList(),
+            SnapshotRevert(name="one"),
+            SnapshotDelete(name="one"),
+            InstanceExport(target=ExportTarget(store="main", name="copy")),
+            InstanceBackup(series="daily", keep=1, store="main"),
+            InstanceListBackups(),
+            InstanceRebuild(image=image, force=True),
+            InstanceRescue(image=image, force=True),
+            InstanceUnrescue(force=True),
+            InstanceShelve(target=ExportTarget(store="main", name="shelf"), force=True),
+            InstanceUnshelve(),
+            InstanceDelete(restore_within_s=60, timeout_s=0),
+            InstanceRestore(),
             InstanceStop(force=True),
         ):
             await client.call(data, host="h1", instance_id=one)
@@ -330,6 +369,9 @@ async def _use_every_verb(broker: MemoryBroker, foreign: str) -> None:
             HostAudit(),
             HostDrain(),
             OperationShow(operation_id=made.operation_id),
+            ImagePrefetch(image=image),
+            ImageList(),
+            ImageVerify(sha256=image.sha256),
         ):
             await client.call(asked, host="h1")
         with pytest.raises(CommandRefused, match="takes no new instances"):
@@ -337,6 +379,7 @@ async def _use_every_verb(broker: MemoryBroker, foreign: str) -> None:
             await client.call(InstanceCreate(spec=other), host="h1", instance_id=str(uuid.uuid4()))
         await client.call(InstanceAdopt(), host="h1", instance_id=foreign)
         await client.call(InstanceDelete(), host="h1", instance_id=one)
+        await client.call(ImageRemove(sha256=image.sha256), host="h1")
 
 
 # --- breaking change -----------------------------------------------------------------------------------------------

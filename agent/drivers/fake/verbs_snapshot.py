@@ -17,8 +17,9 @@ from agent.drivers.base import CallContext
 from agent.drivers.fake.domains import Domain
 from agent.drivers.fake.parts import Parts
 from agent.drivers.verbs.snapshot import DiskExport, ExportRequest, RevertRequest, SnapshotInfo, SnapshotRequest
-from agent.errors import FailedPrecondition, NotFound
+from agent.errors import FailedPrecondition, NotFound, Unavailable
 from agent.messages.spec import InstanceSpec
+from agent.messages.types import DiskFormat
 
 _MIB: Final = 1024 * 1024
 _CLUSTER: Final = 64 * 1024
@@ -37,11 +38,10 @@ class FakeSnapshot(Parts):
                     raise FailedPrecondition("the instance has no disk", code="disk_missing")
             sizes = {name: _size_mib(spec, name) * _MIB for name in request.targets}
             for name, path in request.targets.items():
-                if request.format == "qcow2":
-                    path.write_bytes(empty_qcow2(sizes[name]))
-                else:
-                    with path.open("wb") as file:
-                        file.truncate(sizes[name])
+                try:
+                    _write(path, sizes[name], request.format)
+                except OSError as exc:
+                    raise Unavailable(f"the export's folder: {exc.strerror}", code="storage_unavailable") from exc
                 request.report(sizes[name], sum(sizes.values()))
         return {name: DiskExport(size, live) for name, size in sizes.items()}
 
@@ -70,7 +70,7 @@ class FakeSnapshot(Parts):
 
     def list_snapshots(self, instance_id: str) -> list[SnapshotInfo]:
         with self._call("list_snapshots", instance_id, verb="snapshot.list"), self._hypervisor.lock:
-            found = self._hypervisor.find(instance_id).snapshots
+            found = self._hypervisor.find_owned(instance_id).snapshots
             infos = [_info(name, kept) for name, kept in found.items()]
         return sorted(infos, key=lambda info: (info.created_at, info.name))
 
@@ -142,3 +142,11 @@ def empty_qcow2(size_bytes: int) -> bytes:
     for cluster in range(3 + l1_clusters):
         struct.pack_into(">H", image, 2 * _CLUSTER + 2 * cluster, 1)
     return bytes(image)
+
+
+def _write(path: Path, size_bytes: int, format: DiskFormat) -> None:
+    if format == "qcow2":
+        path.write_bytes(empty_qcow2(size_bytes))
+        return
+    with path.open("wb") as file:
+        file.truncate(size_bytes)

@@ -64,7 +64,7 @@ class LibvirtSnapshot(Parts):
     def list_snapshots(self, instance_id: str) -> list[SnapshotInfo]:
         self._refuse_simulation()
         with self._link.call() as connection:
-            domain = domains.find(connection, instance_id)
+            domain = domains.find_owned(connection, instance_id)
             found = []
             for snapshot in domain.listAllSnapshots():
                 try:
