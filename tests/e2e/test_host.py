@@ -25,6 +25,7 @@ from agent.messages.commands import (
 )
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
 from devstack.guest_image import GuestImage
+from agent.drivers.libvirt.settings import BUILT_IN
 from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
@@ -63,7 +64,7 @@ async def test_audit_of_lives_and_of_planted_leftovers(world: World, libvirtd: P
     for folder in (leftover, copied, bare, folders / "somebody"):
         folder.mkdir()
         (folder / "disk.qcow2").write_bytes(b"x" * 4096)
-    entry = {"name": "root", "backend": "files", "kind": "file", "path": str(leftover / "disk.qcow2"), "format": "qcow2"}
+    entry = {"name": "root", "backend": BUILT_IN, "kind": "file", "path": str(leftover / "disk.qcow2"), "format": "qcow2"}
     for folder in (leftover, copied):  # the second lists what is another's
         (folder / "volumes.json").write_text(json.dumps({"version": 1, "volumes": [entry]}))
     stray = secret(libvirtd, tmp_path, f"compute-agent/{uuid.uuid4()}/root")

@@ -592,7 +592,7 @@ async def test_disk_smaller_than_the_image(bench: Bench) -> None:
     await bench.start()
     image = bench.source(qcow2(bench, "eight.qcow2", size="8M"), format="qcow2")
     final = await bench.fails(bench.spec(root_disk=RootDisk(size_mib=7, image=image)), "disk_too_small", retryable=False)
-    assert final.data["error"]["details"] == {"size_mib": 7, "image_mib": 8}
+    assert final.data["error"]["details"] == {"disk": "root", "size_mib": 7, "image_mib": 8}
     await bench.works()
 
 
@@ -764,7 +764,7 @@ async def test_the_emulator_is_missing(bench: Bench) -> None:
     emulator = wrapper(bench.folder / "qemu", "qemu-system-x86_64", "exit 1")
     await bench.start(driver={"emulator": str(emulator)})
     hidden = emulator.rename(bench.folder / "hidden")
-    await bench.fails(bench.spec(), "file_missing", retryable=False)
+    await bench.fails(bench.spec(), "file_missing", retryable=False, kind="operation.rejected")
     hidden.rename(emulator)
     await bench.works()
 

@@ -101,7 +101,7 @@ class Bench:
         made = spec(f"vm-{instance_id[:8]}", **fields)
         self.driver.check(made)
         self.made.append(instance_id)
-        self.driver.create_storage(instance_id, made, image, CallContext())
+        self.driver.create_storage(instance_id, made, {} if image is None else {"root": image}, CallContext())
         self.driver.define(instance_id, made, generation=1)
         return instance_id, made
 
@@ -289,7 +289,7 @@ def test_other_defaults_change_no_machine_that_is_there(bench: Bench) -> None:
     new_id = str(uuid.uuid4())
     bench.made.append(new_id)
     newer = spec("new-one")
-    other.create_storage(new_id, newer, None, CallContext())
+    other.create_storage(new_id, newer, {}, CallContext())
     other.define(new_id, newer, generation=1)
     assert bench.xml(new_id).find("os/type").get("machine").startswith("pc-i440fx-")  # type: ignore[union-attr]
     assert bench.xml(new_id).findtext("cpu/model") == "Nehalem"

@@ -49,12 +49,15 @@ def libvirt_leftovers(libvirtd: Daemon, state_dir: Path, instances: Collection[s
 
 
 def clean_libvirt(libvirtd: Daemon) -> None:
-    """Remove every domain: what a failed test left must not fail the next one."""
+    """Remove every domain and secret: what a failed test left must not fail the next one."""
     for name in domain_ids(libvirtd):
         with suppress(Exception):
             libvirtd.virsh("destroy", name)
         with suppress(Exception):
-            libvirtd.virsh("undefine", name, "--managed-save", "--snapshots-metadata")
+            libvirtd.virsh("undefine", name, "--managed-save", "--snapshots-metadata", "--nvram")
+    for line in libvirtd.virsh("secret-list").splitlines():
+        with suppress(Exception):
+            libvirtd.virsh("secret-undefine", line.split()[0])
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from agent.drivers.libvirt import domains, errors
+from agent.drivers.libvirt import domains, errors, manifest
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.files import os_errors
 from agent.drivers.libvirt.storage import Storage
@@ -24,7 +24,6 @@ from agent.drivers.verbs.host import Artifact, Holding
 from agent.errors import FailedPrecondition
 from agent.messages.types import UUID_PATTERN
 
-MANIFEST: Final = "volumes.json"
 SECRET_PREFIX: Final = "compute-agent/"  # noqa: S105 - a name
 UNFINISHED: Final = (".part", ".tmp")
 _UUID: Final = re.compile(UUID_PATTERN)
@@ -43,7 +42,7 @@ def folder_proof(folder: Path) -> str | None:
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return None
-        descriptor = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(folder / manifest.NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as handle:
             content = json.loads(handle.read(1024 * 1024))
     except (OSError, ValueError):
