@@ -47,7 +47,15 @@ def measure(directory: Path, rounds: int) -> Report:
     """The sides in turn; the order turns with each round."""
     report = Report(
         f"{AT_ONCE} creates at once",
-        ("side", "all done s", "fastest s", "p50 ms", "p99 ms", "per second", *(f"ratio to {side}" for side in (HAND, HAND_FEW))),
+        (
+            "side",
+            "all done s",
+            "fastest s",
+            "p50 ms",
+            "p99 ms",
+            "per second",
+            *(f"ratio to {side}" for side in (HAND, HAND_FEW)),
+        ),
     )
     with (
         PrivateBroker(directory / "broker") as broker,
