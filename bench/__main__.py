@@ -7,7 +7,7 @@ import importlib
 import tempfile
 from pathlib import Path
 
-NAMES = ("commands", "create", "events", "restart", "idle", "heartbeat", "images", "snapshot")
+NAMES = ("commands", "create", "creates", "events", "restart", "idle", "heartbeat", "images", "snapshot")
 
 
 def main() -> None:

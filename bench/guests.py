@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -161,6 +162,41 @@ class Watch:
         return next(key for key in instance_ids if key.encode() in body), at
 
 
+@dataclass(frozen=True)
+class Bare:
+    """A guest that is yet to be made by hand."""
+
+    instance_id: str
+    disk: Path
+    document: str
+
+    def create(self, connection: Any, base: Path) -> dict[str, float]:
+        """Make overlay, definition and guest. Returns the seconds of each."""
+        size = str(DISK_MIB * 1024 * 1024)
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            str(base),
+            "--",
+            str(self.disk),
+            size,
+        ]
+        marks = [time.perf_counter()]
+        subprocess.run(command, check=True, capture_output=True)
+        marks.append(time.perf_counter())
+        domain = connection.defineXML(self.document)
+        marks.append(time.perf_counter())
+        domain.create()
+        marks.append(time.perf_counter())
+        return {name: marks[at + 1] - marks[at] for at, name in enumerate(("overlay", "define", "start"))}
+
+
 class ByHand:
     """The floor of the hypervisor: qemu-img and libvirt-python, with the very XML that the agent's driver makes."""
 
@@ -179,40 +215,16 @@ class ByHand:
 
     def create(self, instance_id: str, spec: InstanceSpec, base: Path, connection: Any = None) -> dict[str, float]:
         """Make overlay, definition and guest. Returns the seconds of each; making the XML is not counted."""
-        link = connection or self.connection
-        files = self._driver._storage.files(instance_id, spec)
-        files.disks["root"].path.parent.mkdir(parents=True)
-        steps = {"overlay": 0.0, "define": 0.0, "start": 0.0}
-        begun = time.perf_counter()
-        command = [
-            "qemu-img",
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "qcow2",
-            "-b",
-            str(base),
-            "--",
-            str(files.disks["root"].path),
-        ]
-        subprocess.run([*command, str(DISK_MIB * 1024 * 1024)], check=True, capture_output=True)
-        steps["overlay"] = time.perf_counter() - begun
-        document = self.document(instance_id, spec)
-        begun = time.perf_counter()
-        domain = link.defineXML(document)
-        steps["define"] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        domain.create()
-        steps["start"] = time.perf_counter() - begun
-        return steps
+        return self.prepare(instance_id, spec).create(connection or self.connection, base)
 
-    def document(self, instance_id: str, spec: InstanceSpec) -> str:
-        """The XML that the agent would define."""
+    def prepare(self, instance_id: str, spec: InstanceSpec) -> Bare:
+        """Make the folder, and the XML that the agent would define."""
         facts = self._driver._hypervisor.facts(self.connection)
         files = self._driver._storage.files(instance_id, spec)
-        return xml.build(instance_id, spec, generation=0, host=AGENT_HOST, facts=facts, files=files)
+        disk = files.disks["root"].path
+        disk.parent.mkdir(parents=True)
+        document = xml.build(instance_id, spec, generation=0, host=AGENT_HOST, facts=facts, files=files)
+        return Bare(instance_id, disk, document)
 
     def remove(self, instance_id: str) -> None:
         """Take it all back."""

@@ -64,9 +64,9 @@ def measure(directory: Path, rounds: int) -> Report:
                     if number:  # the first round warms up
                         found[side].append(seconds)
                         cpu[side].append(used)
-            for side, seconds in found.items():
-                middle = statistics.median(seconds)
-                ratio = ratio_of_medians(seconds, found["by hand"])
+            for side, times in found.items():
+                middle = statistics.median(times)
+                ratio = ratio_of_medians(times, found["by hand"])
                 used = statistics.median(cpu[side])
                 report.rows.append(
                     (name, side, f"{middle:.2f}", f"{SIZE_MIB / middle:.0f}", f"{used:.2f}", f"{ratio:.2f}")
@@ -103,8 +103,8 @@ def _files(directory: Path, web: Path, url: str) -> Files:
         path = web / f"{len(made)}.{form}"
         subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", form, "-o", options, raw, path], check=True)
         add(name, path, form)
-    with raw.open("rb") as file, (web / "disk.raw.gz").open("wb") as packed:
-        subprocess.run(["gzip", "-1"], stdin=file, stdout=packed, check=True)
+    with raw.open("rb") as plain, (web / "disk.raw.gz").open("wb") as packed:
+        subprocess.run(["gzip", "-1"], stdin=plain, stdout=packed, check=True)
     add("raw in gzip", web / "disk.raw.gz", "raw", "gzip")
     raw.unlink()
     return made

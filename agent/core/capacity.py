@@ -47,14 +47,14 @@ def page_class(size_kib: int) -> str:
 
 def disk_gib(spec: InstanceSpec, life: Life = ORDINARY) -> int:
     """Disk claim in GiB, rounded up as Placement counts: the virtual sizes of all disks, in a resize the larger."""
-    sizes_mib = Counter({_ROOT: spec.root_disk.size_mib})
+    sizes_mib = {_ROOT: spec.root_disk.size_mib}
     for disk in spec.disks:
         if not isinstance(disk, CdromDisk):
             sizes_mib[disk.name] = disk.size_mib
     if life.resize is not None:
         for name, size_mib in life.resize.old.disks_mib.items():
-            sizes_mib[name] = max(sizes_mib[name], size_mib)
-    return math.ceil(sizes_mib.total() / 1024)
+            sizes_mib[name] = max(sizes_mib.get(name, 0), size_mib)
+    return math.ceil(sum(sizes_mib.values()) / 1024)
 
 
 def claim(spec: InstanceSpec, life: Life = ORDINARY) -> dict[str, int]:
@@ -93,12 +93,14 @@ class Capacity:
         """Resource class → inventory. Empty until the driver has been asked once."""
         if self.host is None:
             return {}
-        used: Counter[str] = Counter()
-        for record in instances:
-            used.update(claim_of(record))
+        used: dict[str, int] = {}
+        for record in instances:  # in plain dicts: this runs for every instance at each heartbeat and each create
+            for resource, amount in claim_of(record).items():
+                used[resource] = used.get(resource, 0) + amount
         for domain in foreign:
             if domain.power in ("running", "paused"):
-                used.update({"VCPU": domain.vcpus, "MEMORY_MB": domain.memory_mib})
+                for resource, amount in (("VCPU", domain.vcpus), ("MEMORY_MB", domain.memory_mib)):
+                    used[resource] = used.get(resource, 0) + amount
         host, kept = self.host, self._reservations
         pages = _pages(host)
         # Memory in the pool of huge pages is there only for those who ask for pages.
@@ -113,7 +115,7 @@ class Capacity:
             made["PCPU"] = (host.dedicated_cpus, kept.reserved_pcpus, 1.0)
         for size_kib, count in sorted(pages.items()):
             made[page_class(size_kib)] = (count, kept.reserved_pages.get(size_kib, 0), 1.0)
-        return {name: _inventory(*figures, used[name]) for name, figures in made.items()}
+        return {name: _inventory(*figures, used.get(name, 0)) for name, figures in made.items()}
 
     def admit(self, spec: InstanceSpec, instances: Iterable[InstanceRecord], foreign: Iterable[DomainInfo]) -> None:
         """Check that one more instance fits. Raises as `admit_claim` does."""
