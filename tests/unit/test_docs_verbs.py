@@ -24,7 +24,9 @@ EXAMPLES = [
     pytest.param(kind or "", text, id=f"{page.stem}-{place}")
     for page in PAGES
     for place, (kind, text) in enumerate(
-        re.findall(r"(?:^<!-- json: (.+?) -->\n)?^```json\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+        re.findall(
+            r"(?:^<!-- json: (.+?) -->\n)?^```json\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+        )
     )
 ]
 ROWS: list[tuple[str, str, str]] = [
