@@ -95,3 +95,15 @@ def test_row_has_the_result(verb: str, result: str) -> None:
         assert named <= model.model_fields.keys()
         left_out = {"instance_id"} | ({"forced"} if model is PowerResult else set())  # most power verbs force nothing
         assert model.model_fields.keys() - named <= left_out
+
+
+@pytest.mark.parametrize("page", [DOCS / "index.md", DOCS.parent / "README.md"], ids=lambda page: page.name)
+def test_table_of_families_has_every_verb(page: Path) -> None:
+    """Within a cell the noun is said once and holds until the next."""
+    found: set[str] = set()
+    for line in page.read_text("utf-8").splitlines():
+        noun = ""
+        for before, verb in re.findall(r"`(?:(\w+)\.)?([a-z-]+)`", line):
+            noun = before or noun
+            found.add(f"{noun}.{verb}")
+    assert sorted(DATA.keys() - found) == []
