@@ -53,7 +53,10 @@ def run(path: Path) -> None:
 @main.command()
 @click.option("--instances", type=click.IntRange(1, 50), default=3, show_default=True, help="How many to create.")
 def demo(instances: int) -> None:
-    """Show the whole life of instances in this one process: memory bus, SQLite journal, simulated hypervisor."""
+    """Make, stop and delete instances in this one process.
+
+    It has a memory bus, a SQLite journal and the simulated hypervisor.
+    """
     from agent.demo import run_demo  # noqa: PLC0415
 
     sys.exit(_run_loop(run_demo(instances)))

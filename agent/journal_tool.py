@@ -20,6 +20,8 @@ from agent.store.sqlite import JournalFile
 
 @contextlib.contextmanager
 def _opened(path: Path, *, read_only: bool) -> Iterator[JournalFile]:
+    if not path.is_file():
+        raise click.ClickException(f"there is no journal at {path}; name the agent's state_dir with --state-dir")
     file = JournalFile(path, read_only=read_only)
     try:
         yield file
@@ -46,10 +48,7 @@ def _find(file: JournalFile, operation_id: str) -> OperationRecord:
 @click.pass_context
 def journal(context: click.Context, state_dir: Path) -> None:
     """Read and mend the journal of operations."""
-    path = state_dir / "journal.sqlite"
-    if not path.is_file():
-        raise click.ClickException(f"there is no journal at {path}; name the agent's state_dir with --state-dir")
-    context.obj = path
+    context.obj = state_dir / "journal.sqlite"  # looked for by the commands: their help needs none
 
 
 @journal.command("ls")
@@ -94,7 +93,10 @@ def show_command(path: Path, operation_id: str, as_json: bool) -> None:
 @click.argument("operation_id")
 @click.pass_obj
 def retry_command(path: Path, operation_id: str) -> None:
-    """Try again to take back what an ended operation left behind; a running agent does it within seconds."""
+    """Try again to take back what an ended operation left behind.
+
+    A running agent does it within seconds.
+    """
     with _opened(path, read_only=False) as file:
         record = _find(file, operation_id)
         if not record.undo_pending:
@@ -110,7 +112,7 @@ def retry_command(path: Path, operation_id: str) -> None:
 @click.argument("operation_id")
 @click.pass_obj
 def forget_command(path: Path, operation_id: str) -> None:
-    """Forget an ended operation: the same command id would then have its effect again."""
+    """Forget an ended operation. The same command id would then have its effect again."""
     with _opened(path, read_only=False) as file:
         record = _find(file, operation_id)
         if not record.final:

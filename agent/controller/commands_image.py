@@ -78,7 +78,14 @@ def _mib(value: Any) -> str | None:
 @click.argument("url")
 @click.argument("sha256", metavar="SHA256", type=sha256_digest)
 @host_option
-@click.option("--format", "image_format", type=click.Choice(["qcow2", "raw", "vmdk", "vhdx"]), default="qcow2")
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(["qcow2", "raw", "vmdk", "vhdx"]),
+    default="qcow2",
+    show_default=True,
+    help="Of the decompressed image.",
+)
 @click.option("--compression", type=click.Choice(["gzip", "xz", "zstd"]), help="How the bytes at URL are compressed.")
 @click.option("--max-size-mib", type=click.IntRange(min=1), help="Refuse a larger download.")
 @click.option("--key", help="Name of the trusted key of --signature.")

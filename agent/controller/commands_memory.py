@@ -30,7 +30,7 @@ MEMORY_TIMEOUT_S = 1800.0
 @json_option
 @pass_session
 def instance_suspend(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
-    """Save an instance's memory to its host's disk and end it; resume or start brings it back."""
+    """Save an instance's memory to its host's disk and end it. `resume` or `start` brings it back."""
     power(session, InstanceSuspend(), instance_id, host, options, past="suspended", extra_s=MEMORY_TIMEOUT_S)
 
 
@@ -52,7 +52,7 @@ def instance_reset(session: Session, /, *, instance_id: str, host: str, **option
 @json_option
 @pass_session
 def instance_trigger_crash_dump(session: Session, /, *, instance_id: str, host: str, **options: Any) -> None:
-    """Send an instance a non-maskable interrupt, on which its guest may crash and write a dump."""
+    """Send an instance a non-maskable interrupt. Its guest may crash on it and write a dump."""
     power(session, InstanceTriggerCrashDump(), instance_id, host, options, past="interrupted")
 
 
@@ -104,7 +104,7 @@ def instance_set_policy(
     on_io_error: str | None,
     **options: Any,
 ) -> None:
-    """Change what happens by itself with an instance; what is not named stays as it is."""
+    """Change what happens by itself with an instance. What is not named stays as it is."""
     asked = {
         "on_host_boot": on_host_boot, "on_stop": on_stop, "on_crash": on_crash, "on_io_error": on_io_error,
     }  # fmt: skip

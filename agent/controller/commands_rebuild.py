@@ -41,6 +41,7 @@ def _image_options(function: F) -> F:
                 type=click.Choice(["qcow2", "raw", "vmdk", "vhdx"]),
                 default="qcow2",
                 show_default=True,
+                help="Of the image.",
             ),
         )
     ):

@@ -109,7 +109,7 @@ def instance_confirm_resize(session: Session, /, *, instance_id: str, host: str,
 def instance_revert_resize(
     session: Session, /, *, instance_id: str, host: str, guest_timeout_s: float, **options: Any
 ) -> None:
-    """Go back to the vCPUs and memory from before a cold resize; disks keep their size."""
+    """Go back to the vCPUs and memory from before a cold resize. Disks keep their size."""
     data = InstanceRevertResize(timeout_s=guest_timeout_s)
     _sizes(session, data, instance_id, host, options, past="reverted", extra_s=guest_timeout_s)
 

@@ -9,6 +9,7 @@ ADOPTED_VERBS = frozenset(
     {
         "instance.adopt",
         "instance.delete",
+        "instance.restore",
         "instance.start",
         "instance.stop",
         "instance.reboot",

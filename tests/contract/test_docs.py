@@ -13,6 +13,7 @@ import pytest
 import agent
 from agent import config, errors, metrics
 from agent.bus.amqp import AmqpSettings
+from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.errors import ComputeError
 from agent.exports.policy import ExportPolicy
 from agent.images.policy import ImagePolicy
@@ -129,6 +130,11 @@ def test_keys_of_the_larger_sections_are_explained(section: str, model: Any) -> 
         assert f"| `{section}.{key}` |" in OPERATING
 
 
+def test_each_setting_of_the_libvirt_driver_is_explained_once() -> None:
+    table = OPERATING.partition("## The libvirt driver")[2].partition("### Back ends")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(LibvirtSettings.model_fields)
+
+
 def test_all_metrics_are_in_the_page() -> None:
     listed = set(re.findall(r"^\| `(compute_\w+)` \|", OPERATING, re.MULTILINE))
     known = set()
@@ -143,11 +149,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", text):
+        other = (page.parent / target if target else page).read_text("utf-8")
+        anchors = {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.+)$", other, re.MULTILINE)
+        }
+        assert anchor in anchors, f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

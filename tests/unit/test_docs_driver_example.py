@@ -28,6 +28,8 @@ from agent.messages.commands import (
     InstanceStop,
 )
 from agent.messages.spec import InstanceSpec, RootDisk
+from agent.messages.verbs_memory import InstanceSetPolicy
+from agent.messages.verbs_rebuild import InstanceRestore
 
 PAGE = Path(__file__).parents[2] / "docs" / "drivers.md"
 SPEC = InstanceSpec(name="web-1", vcpus=1, memory_mib=128, root_disk=RootDisk(size_mib=64))
@@ -82,6 +84,10 @@ async def test_an_instance_lives_on_it(client: ComputeClient) -> None:
     with pytest.raises(CommandRefused) as refused:
         await call(InstancePause())
     assert refused.value.code == "verb_unsupported"
+    policy = await call(InstanceSetPolicy(on_crash="restart"))
+    assert InstanceSpec.model_validate(policy["spec"]).policy.on_crash == "restart"
+    assert (await call(InstanceDelete(restore_within_s=600)))["restore_until"] is not None
+    assert (await call(InstanceRestore()))["observed"] == "running"
     await call(InstanceDelete())
     listed = await client.call(InstanceList(), host="h1", timeout_s=10)
     assert listed.result["instances"] == []

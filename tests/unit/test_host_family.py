@@ -31,6 +31,7 @@ from agent.messages.commands import (
 )
 from agent.messages.spec_policy import Policy
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
+from agent.messages.verbs_rebuild import InstanceRestore
 from agent.periodic import Chores
 
 RECORD = '{"size_mib": 64, "image_sha256": null}'
@@ -375,6 +376,16 @@ async def test_what_adoption_refuses(world: World) -> None:
     given = spec("legacy", memory_mib=512, labels={"owner": "me"}, policy=Policy(on_crash="restart"))
     done = await world.do(InstanceAdopt(spec=given), instance_id=domain)
     assert done.data["result"]["spec"]["labels"] == {"owner": "me"}
+
+
+async def test_an_adopted_instance_can_be_soft_deleted_and_restored(world: World) -> None:
+    domain = await foreign(world)
+    adopted = (await world.do(InstanceAdopt(), instance_id=domain)).data["result"]["life"]
+    gone = await world.do(InstanceDelete(restore_within_s=600, timeout_s=1), instance_id=domain)
+    assert gone.kind == "operation.succeeded", gone.data
+    back = await world.do(InstanceRestore(), instance_id=domain)
+    assert back.kind == "operation.succeeded", back.data
+    assert (back.data["result"]["observed"], back.data["result"]["life"]) == ("running", adopted)
 
 
 async def test_an_adopted_instance_refuses_by_name_what_would_redefine_it(world: World) -> None:
