@@ -28,7 +28,7 @@ status:
 	@python3 -m devstack.stack status --dir $(STACK_DIR)
 
 test: setup
-	$(PYTHON) -m pytest tests -n 2 --dist loadfile
+	$(PYTHON) -m pytest tests -n 2 --dist worksteal
 
 unit: setup
 	$(PYTHON) -m pytest tests/unit

@@ -254,12 +254,13 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
 load first
 exec </dev/console >/dev/console 2>&1
+# Before it says that it is up: whoever reads that may press the button at once.
+power_button
 echo "compute-agent guest is up"
 facts
 case "$(cat /proc/cmdline)" in
   *test.mark=*) echo "guest: mark=$(sed 's/.*test.mark=\([^ ]*\).*/\1/' </proc/cmdline)" ;;
 esac
-power_button
 count_boot
 other_disks
 for nic in /sys/class/net/*; do
