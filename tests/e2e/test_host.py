@@ -14,6 +14,7 @@ import pytest
 from support.fleet import World, spec
 
 from agent.drivers.libvirt.metadata import build
+from agent.drivers.libvirt.settings import BUILT_IN
 from agent.messages.commands import (
     HostSetEnabled,
     HostShow,
@@ -25,7 +26,6 @@ from agent.messages.commands import (
 )
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
 from devstack.guest_image import GuestImage
-from agent.drivers.libvirt.settings import BUILT_IN
 from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
