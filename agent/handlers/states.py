@@ -56,7 +56,7 @@ _SENTENCES: Final[Mapping[Situation, str]] = {
 
 
 def situation_of(life: Life) -> Situation | None:
-    """The situation that decides, the outermost first: a shelved instance can be soft-deleted, not the reverse."""
+    """The situation that decides, the outermost first."""
     if life.soft_delete is not None:
         return "soft_deleted"
     if life.shelf is not None:

@@ -167,6 +167,10 @@ class _Xz(_Members):
                 return b""
 
 
+_ZSTD_HEADER_BYTES = 18
+"""The longest header of a frame."""
+
+
 class _Zstd(Unpacker):
     """The library writes pieces to us as it makes them; it does not say where a frame ends (see `_end`)."""
 
@@ -175,6 +179,7 @@ class _Zstd(Unpacker):
 
         super().__init__(compression, sink)
         self._error = zstandard.ZstdError
+        self._begin = b""
         decompressor = zstandard.ZstdDecompressor(max_window_size=MEMORY_BYTES)
         self._writer: zstandard.ZstdDecompressionWriter = decompressor.stream_writer(self, write_size=PIECE)  # type: ignore[arg-type]
 
@@ -184,6 +189,8 @@ class _Zstd(Unpacker):
         return len(piece)
 
     def _decode(self, data: bytes) -> None:
+        if len(self._begin) < _ZSTD_HEADER_BYTES:
+            self._begin += data[: _ZSTD_HEADER_BYTES - len(self._begin)]
         try:
             self._writer.write(data)
         except self._error as exc:
@@ -195,6 +202,11 @@ class _Zstd(Unpacker):
         """A frame of our own behind the last one comes out as it is only where that one was complete."""
         import zstandard  # noqa: PLC0415
 
+        try:
+            # The library forgets a header that was cut off, and would take the proof for the first frame.
+            zstandard.get_frame_parameters(self._begin)
+        except self._error as exc:
+            raise damaged(self._compression, "it ends early") from exc
         proof, seen = os.urandom(16), bytearray()
         self._sink = seen.extend
         self._decode(zstandard.ZstdCompressor().compress(proof))

@@ -76,6 +76,13 @@ def test_every_truncation_is_noticed(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_is_cut_off_is_noticed(kind):
+    packed = PACK[kind](DATA[:5000])
+    for cut in range(1, 20):
+        assert code(kind, packed[:cut]) in {"image_corrupt", "image_format_mismatch"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_flipped_bit_gives_a_refusal_or_the_content(kind, data):
