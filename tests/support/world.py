@@ -67,6 +67,8 @@ class Cut:
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.happened = asyncio.Event()
+        self.struck = False
+        """Whether a commit hangs, or is about to once it is applied."""
         self._left: int | None = None
         self._applied = False
         self.count = 0
@@ -79,6 +81,7 @@ class Cut:
         self.count += 1
         if self._left is not None:
             if self._left <= 0:
+                self.struck = True
                 if self._applied:
                     self._applied = False
                     await self.inner.commit(changes)
@@ -223,6 +226,15 @@ class World:
         await until(lambda: self.finals(operation_id), limit_s)
         return self.finals(operation_id)[0]
 
+    async def cut_or_final(self, *operation_ids: str) -> bool:
+        """Wait until the store was cut, or all these operations have ended without that. Returns whether it was cut."""
+
+        def ended() -> bool:
+            return not self.cut.struck and all(self.finals(operation_id) for operation_id in operation_ids)
+
+        await until(lambda: self.cut.happened.is_set() or ended())
+        return self.cut.happened.is_set()
+
     async def quiet(self, *, operations: int = 0) -> None:
         """Wait until the agent has nothing in hand, but so many operations, and everything is published."""
         agent = self.agent
@@ -231,15 +243,21 @@ class World:
         self.driver._hypervisor.timers.post(delivered.set)
         await until(lambda: delivered.is_set() or not self.driver._open)
         await asyncio.sleep(0)
-        await until(
-            lambda: agent._runner.in_flight <= operations
-            and agent._lanes.busy <= operations
-            and not agent._outbox.waiting
-            and not agent._events._tasks
-            and not agent._events._arrived
-            and not agent._dispatcher._arrived
-            and not self.broker.depth(routing.host_queue(HOST))
-        )
+        def busy() -> dict[str, object]:
+            return {
+                "operations": max(0, agent._runner.in_flight - operations),
+                "lanes": max(0, agent._lanes.busy - operations),
+                "outbox": agent._outbox.waiting,
+                "event tasks": agent._events._tasks,
+                "events": agent._events._arrived,
+                "commands": agent._dispatcher._arrived,
+                "queue": self.broker.depth(routing.host_queue(HOST)),
+            }
+
+        try:
+            await until(lambda: not any(busy().values()))
+        except TimeoutError as exc:
+            raise AssertionError(f"still at work: { {name: left for name, left in busy().items() if left} }") from exc
         # Events that were published in the last turn are delivered in the next.
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -287,7 +287,7 @@ class CoreMachine(RuleBasedStateMachine):
             state = world.agent.ctx.state
             if open_ids and state.ready and state.connected.is_set():
                 open_ids.difference_update([one for one in open_ids if world.finals(one)])
-            return not open_ids and state.ready and state.connected.is_set()
+            return not open_ids and state.ready and state.connected.is_set() and not world.cut.struck
 
         try:
             # The cut may strike yet, where it was on its way.

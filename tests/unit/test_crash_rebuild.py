@@ -114,8 +114,7 @@ async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> N
         data, power = command(world, verb)
         world.cut.after(commits, applied=applied)
         operation_id = world.send(data, instance_id=instance_id)
-        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
-        died = world.cut.happened.is_set()
+        died = await world.cut_or_final(operation_id)
         await world.crash()
         await world.start()
         await world.final(operation_id)
@@ -175,8 +174,7 @@ async def test_the_shelf_at_every_commit(world: World, verb: str, applied: bool)
         await world.quiet()
         world.cut.after(commits, applied=applied)
         operation_id = world.send(shelve() if verb == "shelve" else InstanceUnshelve(), instance_id=instance_id)
-        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
-        died = world.cut.happened.is_set()
+        died = await world.cut_or_final(operation_id)
         await world.crash()
         await world.start()
         await world.final(operation_id)
@@ -214,8 +212,7 @@ async def test_the_shelf_when_a_call_fails(world: World, verb: str, call: str) -
         if commits is not None:
             world.cut.after(commits, applied=commits % 4 == 0)
         operation_id = world.send(shelve() if verb == "shelve" else InstanceUnshelve(), instance_id=instance_id)
-        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
-        if world.cut.happened.is_set():
+        if await world.cut_or_final(operation_id):
             await world.crash()
             await world.start()
         world.cut.after(1_000_000, applied=False)
@@ -296,8 +293,7 @@ async def test_a_failure_is_taken_back(world: World, verb: str, call: str) -> No
         if commits is not None:
             world.cut.after(commits, applied=commits % 2 == 0)
         operation_id = world.send(data, instance_id=instance_id)
-        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
-        if world.cut.happened.is_set():
+        if await world.cut_or_final(operation_id):
             await world.crash()
             await world.start()
         world.cut.after(1_000_000, applied=False)

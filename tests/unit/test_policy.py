@@ -120,8 +120,7 @@ async def test_a_stop_that_is_cut_off_by_a_crash(world: World, applied: bool) ->
         instance_id = await world.create(policy=RESTART, labels={"fake.guest-shutdown-s": "0.02"})
         world.cut.after(commits, applied=applied)
         operation_id = world.send(InstanceStop(timeout_s=30), instance_id=instance_id)
-        await until(lambda op=operation_id: world.cut.happened.is_set() or world.finals(op))
-        died = world.cut.happened.is_set()
+        died = await world.cut_or_final(operation_id)
         await asyncio.sleep(0.03)  # the guest goes down meanwhile, and nobody is told
         await world.crash()
         await start(world)
