@@ -18,6 +18,7 @@ ADOPTED_VERBS = frozenset(
         "instance.resume",
         "instance.suspend",
         "instance.trigger-crash-dump",
+        "instance.set-policy",
         "instance.show",
         "instance.list",
         "console.log",

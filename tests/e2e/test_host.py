@@ -25,6 +25,7 @@ from agent.messages.commands import (
     InstanceStop,
 )
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
+from agent.messages.verbs_memory import InstanceSetPolicy
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
@@ -150,9 +151,25 @@ async def test_a_running_guest_is_adopted_undisturbed(
     assert not [e for e in world.recorder.events(host, "instance.state", since=mark) if e.data["observed"] != "running"]
     assert (await audit(world, host))["items"] == []
 
+    # A policy is no part of the definition, which stays as it was; the agent follows it when the guest ends by itself.
+    mark = world.recorder.mark
+    followed = (await world.succeed(host, InstanceSetPolicy(on_stop="restart"), legacy)).data["result"]
+    assert followed["spec"]["policy"]["on_stop"] == "restart"
+    assert without_metadata(libvirtd.virsh("dumpxml", legacy, "--inactive")) == without_metadata(before)
+    assert libvirtd.qemu_pids()["legacy"] == process
+    libvirtd.virsh("shutdown", legacy)
+    said = await world.recorder.wait_for(host, "instance.policy", timeout_s=90, since=mark)
+    assert (said.subject, said.data["cause"], said.data["action"]) == (legacy, "on-stop", "start")
+    await world.recorder.wait_final(host, said.data["operation_id"], timeout_s=60)
+    assert libvirtd.qemu_pids()["legacy"] != process
+    async with asyncio.timeout(90):
+        while UP not in console.read_text(errors="replace"):  # QEMU began the file anew
+            await asyncio.sleep(0.25)
+
     await agent.restart()
     shown = (await world.succeed(host, InstanceShow(), legacy)).data["result"]
     assert shown["life"]["adopted"]["own_disks"] is False
+    assert shown["spec"]["policy"]["on_stop"] == "restart"
     stopped = (await world.succeed(host, InstanceStop(timeout_s=60), legacy, timeout_s=90)).data["result"]
     assert not stopped["forced"], "the guest runs and obeys"
     assert console.read_text(errors="replace").count(UP) == 1

@@ -31,6 +31,7 @@ from agent.messages.commands import (
 )
 from agent.messages.spec_policy import Policy
 from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
+from agent.messages.verbs_memory import InstanceSetPolicy
 from agent.messages.verbs_rebuild import InstanceRestore
 from agent.periodic import Chores
 
@@ -374,6 +375,21 @@ async def test_what_adoption_refuses(world: World) -> None:
     given = spec("legacy", memory_mib=512, labels={"owner": "me"}, policy=Policy(on_crash="restart"))
     done = await world.do(InstanceAdopt(spec=given), instance_id=domain)
     assert done.data["result"]["spec"]["labels"] == {"owner": "me"}
+
+
+async def test_the_policy_of_an_adopted_instance_can_be_set_and_is_followed(world: World) -> None:
+    domain = await foreign(world)
+    await world.do(InstanceAdopt(), instance_id=domain)
+    done = await world.do(InstanceSetPolicy(on_stop="restart"), instance_id=domain)
+    assert done.kind == "operation.succeeded", done.data
+    assert done.data["result"]["spec"]["policy"]["on_stop"] == "restart"
+    assert done.data["result"]["life"]["adopted"] is not None
+    await world.crash()
+    await world.start()
+    await world.ask(world.driver.simulate_guest_shutdown, domain)
+    await until(lambda: any(e.kind == "instance.policy" and e.data["cause"] == "on-stop" for e in world.events))
+    await until(lambda: world.agent.ctx.instances.get(domain).observed == "running")
+    assert (await audit(world))["items"] == []
 
 
 async def test_an_adopted_instance_can_be_soft_deleted_and_restored(world: World) -> None:

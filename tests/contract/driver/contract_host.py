@@ -12,6 +12,7 @@ from agent.drivers.base import Driver
 from agent.drivers.verbs.host import Artifact, Holding
 from agent.errors import FailedPrecondition, NotFound, Unsupported
 from agent.messages.life import ORDINARY, Adoption, Life
+from agent.messages.spec_policy import Policy
 
 
 class HostContract:
@@ -72,7 +73,8 @@ class HostContract:
         driver.release(foreign)
         assert not driver.get(foreign).owned
         driver.adopt(foreign, plan.spec, generation=5, life=life)
-        labelled = plan.spec.model_copy(update={"labels": {"a": "b"}})
+        # What is no part of the definition may change, and nothing else.
+        labelled = plan.spec.model_copy(update={"labels": {"a": "b"}, "policy": Policy(on_stop="restart")})
         driver.define(foreign, labelled, generation=6, life=life)
         assert driver.get(foreign).spec == labelled
         with pytest.raises(FailedPrecondition) as caught:
