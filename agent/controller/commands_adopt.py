@@ -7,11 +7,10 @@ from typing import Any
 import click
 
 from agent.controller import render
+from agent.controller.inputs import file_type, spec_of
 from agent.controller.options import host_option, instance_argument, json_option, sending, sending_options
 from agent.controller.perform import perform
 from agent.controller.session import Session, pass_session
-from agent.controller.specfile import load_spec
-from agent.messages.commands import MAX_COMMAND_BYTES
 from agent.messages.verbs_host import InstanceAdopt
 
 
@@ -22,7 +21,7 @@ from agent.messages.verbs_host import InstanceAdopt
     "-f",
     "--file",
     "file",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    type=file_type,
     help="A spec, YAML or JSON, that agrees with the domain; by default it is read from the domain.",
 )
 @click.option("--own-disks", is_flag=True, help="Let a later `instance rm` remove the domain's disk files too.")
@@ -33,11 +32,7 @@ def instance_adopt(
     session: Session, /, *, instance_id: str, host: str, file: str | None, own_disks: bool, **options: Any
 ) -> None:
     """Take a foreign domain as an instance, without touching its guest. `ls --all` shows foreign domains."""
-    spec = None
-    if file is not None:
-        with click.open_file(file, "rb") as stream:
-            spec = load_spec("standard input" if file == "-" else file, stream.read(MAX_COMMAND_BYTES + 1))
-    data = InstanceAdopt(spec=spec, own_disks=own_disks)
+    data = InstanceAdopt(spec=None if file is None else spec_of(file), own_disks=own_disks)
     done = perform(session, data, host=host, instance_id=instance_id, how=sending(options))
     if done is None or session.as_json:
         return

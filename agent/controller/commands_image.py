@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from agent.controller import render
+from agent.controller.inputs import image_options, image_source
 from agent.controller.options import host_option, json_option, sending, sending_options
-from agent.controller.perform import perform
+from agent.controller.perform import LONG_TIMEOUT_S, perform
 from agent.controller.session import Session, pass_session
-from agent.messages.spec import ImageSource
 from agent.messages.verbs_image import ImageList, ImagePrefetch, ImageRemove, ImageVerify
-
-LONG_S = 4 * 3600.0
 
 
 def sha256_digest(value: str) -> str:
@@ -78,18 +74,7 @@ def _mib(value: Any) -> str | None:
 @click.argument("url")
 @click.argument("sha256", metavar="SHA256", type=sha256_digest)
 @host_option
-@click.option(
-    "--format",
-    "image_format",
-    type=click.Choice(["qcow2", "raw", "vmdk", "vhdx"]),
-    default="qcow2",
-    show_default=True,
-    help="Of the decompressed image.",
-)
-@click.option("--compression", type=click.Choice(["gzip", "xz", "zstd"]), help="How the bytes at URL are compressed.")
-@click.option("--max-size-mib", type=click.IntRange(min=1), help="Refuse a larger download.")
-@click.option("--key", help="Name of the trusted key of --signature.")
-@click.option("--signature", help="Ed25519 signature of the sha256's 32 bytes, in base64.")
+@image_options
 @click.option("--boot-file", is_flag=True, help="It is a kernel or an initial ramdisk.")
 @sending_options
 @json_option
@@ -101,32 +86,15 @@ def image_prefetch(
     sha256: str,
     host: str,
     *,
-    image_format: str,
-    compression: str | None,
-    max_size_mib: int | None,
-    key: str | None,
-    signature: str | None,
     boot_file: bool,
     **how: Any,
 ) -> None:
     """Fetch the image at URL into a host's cache."""
-    if (key is None) != (signature is None):
-        raise click.UsageError("--key and --signature belong together")
-    fields: dict[str, Any] = {
-        "url": url,
-        "sha256": sha256,
-        "format": "raw" if boot_file else image_format,
-        "compression": compression,
-        "max_size_mib": max_size_mib,
-        "signature": None if key is None else {"key": key, "ed25519": signature},
-    }
-    try:
-        source = ImageSource.model_validate_json(json.dumps(fields))
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        raise click.UsageError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+    if boot_file:
+        how["image_format"] = "raw"
+    source = image_source(how, url=url, sha256=sha256)
     data = ImagePrefetch(image=source, boot_file=boot_file)
-    done = perform(session, data, host=host, how=sending(how), default_timeout_s=LONG_S)
+    done = perform(session, data, host=host, how=sending(how), default_timeout_s=LONG_TIMEOUT_S)
     if done is not None and not session.as_json:
         click.echo(f"{sha256} {'is' if done.result.get('changed', True) else 'was already'} in the cache of {host}")
 
@@ -151,7 +119,7 @@ def image_rm(session: Session, /, sha256: str, host: str, **how: Any) -> None:
 @pass_session
 def image_verify(session: Session, sha256: str, host: str) -> None:
     """Read an image of a host's cache again, and compare it with what was published. Exit status 1: damaged."""
-    done = perform(session, ImageVerify(sha256=sha256), host=host, default_timeout_s=LONG_S)
+    done = perform(session, ImageVerify(sha256=sha256), host=host, default_timeout_s=LONG_TIMEOUT_S)
     intact = done is not None and bool(done.result.get("intact"))
     if not session.as_json:
         click.echo("intact" if intact else "damaged; its next use fetches it again")

@@ -10,6 +10,7 @@ import click
 from agent.controller import render
 from agent.controller.client import ComputeClient
 from agent.controller.commands_console import instance_console
+from agent.controller.inputs import file_type, guest_timeout_option, spec_of
 from agent.controller.options import (
     host_option,
     instance_argument,
@@ -18,11 +19,9 @@ from agent.controller.options import (
     sending,
     sending_options,
 )
-from agent.controller.perform import DEFAULT_TIMEOUT_S, perform, perform_on
+from agent.controller.perform import IMAGE_TIMEOUT_S, perform, perform_on, power, say
 from agent.controller.session import Session, pass_session
-from agent.controller.specfile import load_spec
 from agent.messages.commands import (
-    MAX_COMMAND_BYTES,
     InstanceCreate,
     InstanceDelete,
     InstanceList,
@@ -33,13 +32,6 @@ from agent.messages.commands import (
     InstanceStart,
     InstanceStop,
 )
-from agent.messages.events import OperationSucceeded
-from agent.messages.verb import CommandData
-
-CREATE_TIMEOUT_S = 1800.0
-"""A create may have to fetch its image."""
-
-GUEST_TIMEOUT_S = 60.0
 
 PAGE = 200
 """Instances per answer: with their specs, a thousand could be more than a broker takes as one message."""
@@ -62,7 +54,7 @@ instance.add_command(instance_console)
     "--file",
     "file",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    type=file_type,
     help="The spec, YAML or JSON; - is standard input.",
 )
 @host_option
@@ -77,16 +69,14 @@ def instance_create(
     session: Session, /, *, file: str, host: str, instance_id: str | None, start: bool, **options: Any
 ) -> None:
     """Make an instance from a spec file. The file is checked before anything is sent."""
-    with click.open_file(file, "rb") as stream:
-        content = stream.read(MAX_COMMAND_BYTES + 1)
-    spec = load_spec("standard input" if file == "-" else file, content)
+    spec = spec_of(file)
     how = sending(options)
     if instance_id is None:
         # A repeat of the same command has to name the same instance.
         repeatable = how.command_id is not None
         instance_id = str(uuid.uuid5(_NAMESPACE, how.command_id or "") if repeatable else uuid.uuid4())
     data = InstanceCreate(spec=spec, start=start)
-    done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=CREATE_TIMEOUT_S)
+    done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=IMAGE_TIMEOUT_S)
     if session.as_json:
         return
     if done is None:
@@ -167,15 +157,7 @@ def instance_start(session: Session, /, *, instance_id: str, host: str, discard_
 @instance_argument
 @host_option
 @click.option("--force", is_flag=True, help="End it at once, like pulling the plug.")
-@click.option(
-    "--timeout",
-    "guest_timeout_s",
-    metavar="SECONDS",
-    type=click.FloatRange(0, 86_400),
-    default=GUEST_TIMEOUT_S,
-    show_default=True,
-    help="Give the guest so long to shut down before it is ended.",
-)
+@guest_timeout_option()
 @sending_options
 @json_option
 @pass_session
@@ -191,15 +173,7 @@ def instance_stop(
 @instance_argument
 @host_option
 @click.option("--hard", is_flag=True, help="End it and start it anew, without asking the guest.")
-@click.option(
-    "--timeout",
-    "guest_timeout_s",
-    metavar="SECONDS",
-    type=click.FloatRange(0, 86_400),
-    default=GUEST_TIMEOUT_S,
-    show_default=True,
-    help="Give the guest so long before it is rebooted the hard way.",
-)
+@guest_timeout_option(what="before it is rebooted the hard way")
 @sending_options
 @json_option
 @pass_session
@@ -261,32 +235,3 @@ def instance_rm(
     data = InstanceDelete(restore_within_s=restore_within_s, keep_exports=keep_exports)
     past = "removed" if restore_within_s is None else "deleted, and can be restored"
     power(session, data, instance_id, host, options, past=past, extra_s=data.timeout_s)
-
-
-def power(
-    session: Session,
-    data: CommandData,
-    instance_id: str,
-    host: str,
-    options: dict[str, Any],
-    *,
-    past: str,
-    extra_s: float = 0.0,
-) -> None:
-    """Perform a command on one instance and say what became of it. The guest's time comes on top of ours."""
-    how = sending(options)
-    limit_s = DEFAULT_TIMEOUT_S + extra_s
-    done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=limit_s)
-    if done is not None and not session.as_json:
-        say(done, instance_id, past)
-
-
-def say(done: OperationSucceeded, instance_id: str, past: str) -> None:
-    """Say in one line what became of the instance."""
-    observed = done.result.get("observed")
-    parts = [f"{instance_id} {past if done.result.get('changed', True) else 'unchanged'}"]
-    if observed is not None:
-        parts.append(f"now {render.clean(observed)}")
-    if done.result.get("forced"):
-        parts.append("forced")
-    click.echo(f"{', '.join(parts)} ({render.seconds(done.duration_ms / 1000)})")

@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from agent.controller import render
-from agent.controller.commands_instance import power
 from agent.controller.options import host_option, instance_argument, json_option, sending, sending_options
-from agent.controller.perform import perform
+from agent.controller.perform import perform, power
 from agent.controller.session import Session, pass_session
 from agent.messages.verbs_memory import (
     InstanceMemoryDump,

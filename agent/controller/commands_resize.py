@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import click
-from pydantic import BaseModel, ValidationError
 
 from agent.controller import render
+from agent.controller.inputs import checked, guest_timeout_option
 from agent.controller.options import host_option, instance_argument, json_option, sending, sending_options
 from agent.controller.perform import DEFAULT_TIMEOUT_S, perform
 from agent.controller.session import Session, pass_session
@@ -24,21 +24,7 @@ from agent.messages.verbs_resize import (
     NicLimitsChange,
 )
 
-M = TypeVar("M", bound=BaseModel)
-
-GUEST_TIMEOUT_S = 60.0
-
-
-def _guest_timeout(default_s: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option(
-        "--guest-timeout",
-        "guest_timeout_s",
-        metavar="SECONDS",
-        type=click.FloatRange(0, 86_400),
-        default=default_s,
-        show_default=True,
-        help="Give the guest so long to do its part.",
-    )
+_guest_timeout = partial(guest_timeout_option, "--guest-timeout", what="to do its part")
 
 
 @click.command("resize")
@@ -55,7 +41,7 @@ def _guest_timeout(default_s: float) -> Callable[[Callable[..., Any]], Callable[
     show_default=True,
     help="A cold resize confirms itself after so long; 0: at once.",
 )
-@_guest_timeout(GUEST_TIMEOUT_S)
+@_guest_timeout()
 @sending_options
 @json_option
 @pass_session
@@ -76,7 +62,7 @@ def instance_resize(
     """Change an instance's sizes. Without --live it is stopped and started, and waits to be confirmed."""
     sizes = {name: _number(value, "--disk") for name, value in _pairs(disks, "--disk")}
     within: float | str = "never" if confirm_within == "never" else _number(confirm_within, "--confirm-within")
-    data = _checked(
+    data = checked(
         InstanceResize,
         vcpus=vcpus,
         memory_mib=memory_mib,
@@ -102,7 +88,7 @@ def instance_confirm_resize(session: Session, /, *, instance_id: str, host: str,
 @click.command("revert-resize")
 @instance_argument
 @host_option
-@_guest_timeout(GUEST_TIMEOUT_S)
+@_guest_timeout()
 @sending_options
 @json_option
 @pass_session
@@ -118,7 +104,7 @@ def instance_revert_resize(
 @instance_argument
 @host_option
 @click.option("--memory-mib", type=click.IntRange(min=16), required=True)
-@_guest_timeout(30.0)
+@_guest_timeout(default_s=30.0)
 @sending_options
 @json_option
 @pass_session
@@ -162,18 +148,18 @@ def instance_set_limits(
     **options: Any,
 ) -> None:
     """Set limits of CPU time, disks and NICs at once and for good. What is given replaces all limits of that thing."""
-    data = _checked(
+    data = checked(
         InstanceSetLimits,
-        cpu=None if cpu is None else _checked(CpuLimits, **_amounts(cpu, "--cpu")),
+        cpu=None if cpu is None else checked(CpuLimits, **_amounts(cpu, "--cpu")),
         disks={
-            name: _checked(DiskLimits, **_amounts(text, "--disk")) if text else None
+            name: checked(DiskLimits, **_amounts(text, "--disk")) if text else None
             for name, text in _pairs(disks, "--disk", separator=":")
         },
         nics=[
-            _checked(
+            checked(
                 NicLimitsChange,
                 nic=_number(place, "--nic"),
-                limits=_checked(NicLimits, **_amounts(text, "--nic")) if text else None,
+                limits=checked(NicLimits, **_amounts(text, "--nic")) if text else None,
             )
             for place, text in _pairs(nics, "--nic", separator=":")
         ],
@@ -223,15 +209,6 @@ def _sizes(
             ]
         ],
     )
-
-
-def _checked(model: type[M], **fields: Any) -> M:
-    try:
-        return model(**fields)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise click.UsageError(f"{place}: {first['msg']}" if place else first["msg"]) from exc
 
 
 def _pairs(values: tuple[str, ...], option: str, separator: str = "=") -> list[tuple[str, str]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from agent.controller import render
+from agent.controller.inputs import checked, export_target, target_options
 from agent.controller.options import (
     host_option,
     instance_argument,
@@ -15,7 +15,7 @@ from agent.controller.options import (
     sending,
     sending_options,
 )
-from agent.controller.perform import perform
+from agent.controller.perform import LONG_TIMEOUT_S, perform
 from agent.controller.session import Session, pass_session
 from agent.messages.events import OperationSucceeded
 from agent.messages.verb import CommandData
@@ -29,11 +29,8 @@ from agent.messages.verbs_snapshot import (
     SnapshotRevert,
 )
 
-EXPORT_TIMEOUT_S = 4 * 3600.0
 SNAPSHOT_TIMEOUT_S = 900.0
 """The memory of a large guest takes a while to be written."""
-
-C = TypeVar("C", bound=CommandData)
 
 disk_option = click.option(
     "--disk", "disks", metavar="NAME", multiple=True, help="A disk; can be repeated (default: root)."
@@ -41,24 +38,11 @@ disk_option = click.option(
 name_argument = click.argument("name", metavar="NAME")
 
 
-def _data(model: type[C], **values: Any) -> C:
-    """Build a command; what is wrong with it is a usage error. None is left to the default."""
-    given = {key: value for key, value in values.items() if value is not None}
-    try:
-        return model.model_validate(given)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise click.UsageError(f"{where}: {first['msg']}" if where else str(first["msg"])) from None
-
-
 @click.command("export")
 @instance_argument
 @host_option
 @disk_option
-@click.option("--store", metavar="STORE", help="One of the host's export stores; needs --name.")
-@click.option("--name", metavar="NAME", help="The file's name in the store, without its ending.")
-@click.option("--url", metavar="URL", help="PUT it there instead; with several disks {disk} is in it.")
+@target_options
 @click.option("--format", "format_", type=click.Choice(["qcow2", "raw"]), default="qcow2", show_default=True)
 @click.option("--compress", is_flag=True, help="Compress; qcow2 only.")
 @sending_options
@@ -71,17 +55,14 @@ def instance_export(
     instance_id: str,
     host: str,
     disks: tuple[str, ...],
-    store: str | None,
-    name: str | None,
-    url: str | None,
     format_: str,
     compress: bool,
     **options: Any,
 ) -> None:
     """Export disks as flattened images; a running guest goes on."""
-    target = {key: value for key, value in (("store", store), ("name", name), ("url", url)) if value is not None}
-    data = _data(InstanceExport, disks=list(disks) or None, target=target, format=format_, compress=compress)
-    done = _run(session, data, (instance_id, host), options, EXPORT_TIMEOUT_S)
+    target = export_target(options)
+    data = checked(InstanceExport, disks=list(disks) or None, target=target, format=format_, compress=compress)
+    done = _run(session, data, (instance_id, host), options, LONG_TIMEOUT_S)
     if done is not None:
         _show_disks(done.result.get("disks", []))
 
@@ -111,8 +92,8 @@ def instance_backup(
     **options: Any,
 ) -> None:
     """Make one more backup of a series, and remove the oldest beyond --keep."""
-    data = _data(InstanceBackup, series=series, keep=keep, store=store, disks=list(disks) or None, compress=compress)
-    done = _run(session, data, (instance_id, host), options, EXPORT_TIMEOUT_S)
+    data = checked(InstanceBackup, series=series, keep=keep, store=store, disks=list(disks) or None, compress=compress)
+    done = _run(session, data, (instance_id, host), options, LONG_TIMEOUT_S)
     if done is not None:
         _show_backups(done.result.get("backups", []))
         for removed in done.result.get("removed", []):
@@ -128,7 +109,9 @@ def instance_backup(
 @pass_session
 def instance_backups(session: Session, instance_id: str, host: str, series: str | None, store: str | None) -> None:
     """List an instance's backups, newest first; also of one that is gone."""
-    done = perform(session, _data(InstanceListBackups, series=series, store=store), host=host, instance_id=instance_id)
+    done = perform(
+        session, checked(InstanceListBackups, series=series, store=store), host=host, instance_id=instance_id
+    )
     if done is not None and not session.as_json:
         _show_backups(done.result.get("backups", []))
 
@@ -159,7 +142,7 @@ def snapshot_create(
     **options: Any,
 ) -> None:
     """Take a snapshot; a running guest pauses while its memory is written."""
-    data = _data(SnapshotCreate, name=name, memory=memory, description=description)
+    data = checked(SnapshotCreate, name=name, memory=memory, description=description)
     done = _run(session, data, (instance_id, host), options, SNAPSHOT_TIMEOUT_S)
     if done is not None:
         _show_snapshots([done.result.get("snapshot", {})])
@@ -190,7 +173,7 @@ def snapshot_revert(
 ) -> None:
     """Go back to a snapshot. What came after it is lost."""
     done = _run(
-        session, _data(SnapshotRevert, name=name, start=start), (instance_id, host), options, SNAPSHOT_TIMEOUT_S
+        session, checked(SnapshotRevert, name=name, start=start), (instance_id, host), options, SNAPSHOT_TIMEOUT_S
     )
     if done is not None:
         click.echo(f"{instance_id} is back at {name}, now {render.clean(done.result.get('observed'))}")
@@ -205,7 +188,7 @@ def snapshot_revert(
 @pass_session
 def snapshot_rm(session: Session, /, *, instance_id: str, name: str, host: str, **options: Any) -> None:
     """Remove a snapshot; the guest stays as it is."""
-    done = _run(session, _data(SnapshotDelete, name=name), (instance_id, host), options, SNAPSHOT_TIMEOUT_S)
+    done = _run(session, checked(SnapshotDelete, name=name), (instance_id, host), options, SNAPSHOT_TIMEOUT_S)
     if done is not None:
         click.echo(f"snapshot {name} removed")
 

@@ -9,13 +9,17 @@ import click
 
 from agent.controller import render
 from agent.controller.client import ComputeClient
-from agent.controller.options import Sending
+from agent.controller.options import Sending, sending
 from agent.controller.progress import Progress
 from agent.controller.session import Session
 from agent.messages.events import OperationSucceeded
 from agent.messages.verb import CommandData
 
 DEFAULT_TIMEOUT_S = 60.0
+IMAGE_TIMEOUT_S = 1800.0
+"""An image may have to be fetched first."""
+LONG_TIMEOUT_S = 4 * 3600.0
+"""The bytes of whole disks are on their way."""
 AT_ONCE = Sending(command_id=None, generation=None, expires_in_s=None, wait=True)
 
 
@@ -90,6 +94,35 @@ async def perform_on(
         )
     session.waiting_for = None
     return done
+
+
+def power(
+    session: Session,
+    data: CommandData,
+    instance_id: str,
+    host: str,
+    options: dict[str, Any],
+    *,
+    past: str,
+    extra_s: float = 0.0,
+) -> None:
+    """Perform a command on one instance and say what became of it. `extra_s` is waited on top of our own time."""
+    how = sending(options)
+    limit_s = DEFAULT_TIMEOUT_S + extra_s
+    done = perform(session, data, host=host, instance_id=instance_id, how=how, default_timeout_s=limit_s)
+    if done is not None and not session.as_json:
+        say(done, instance_id, past)
+
+
+def say(done: OperationSucceeded, instance_id: str, past: str) -> None:
+    """Say in one line what became of the instance."""
+    observed = done.result.get("observed")
+    parts = [f"{instance_id} {past if done.result.get('changed', True) else 'unchanged'}"]
+    if observed is not None:
+        parts.append(f"now {render.clean(observed)}")
+    if done.result.get("forced"):
+        parts.append("forced")
+    click.echo(f"{', '.join(parts)} ({render.seconds(done.duration_ms / 1000)})")
 
 
 def answer_document(done: OperationSucceeded, host: str) -> dict[str, Any]:

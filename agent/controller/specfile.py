@@ -1,18 +1,20 @@
-"""Reads an instance's spec from a file, YAML or JSON, and says what is wrong with it by field and line. Pure."""
+"""Reads a spec, or a part of one, from a file's text, YAML or JSON; says what is wrong by field and line. Pure."""
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from agent.controller.yamltext import Lines, Path, YamlError, parse_yaml
 from agent.errors import InvalidArgument
 from agent.messages.commands import MAX_COMMAND_BYTES
 from agent.messages.spec import InstanceSpec
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,13 @@ def load_spec(name: str, content: bytes) -> InstanceSpec:
 
     Raises `InvalidSpec`, with every wrong field where the text as such can be read.
     """
+    return load(InstanceSpec, name, content, what="a spec")
+
+
+def load(model: type[M], name: str, content: bytes, *, what: str) -> M:
+    """As `load_spec`, for any model; `what` names it in messages."""
     if len(content) > MAX_COMMAND_BYTES:
-        raise InvalidSpec(name, [Finding("", None, f"larger than {MAX_COMMAND_BYTES} bytes: no spec")])
+        raise InvalidSpec(name, [Finding("", None, f"larger than {MAX_COMMAND_BYTES} bytes: not {what}")])
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -55,9 +62,9 @@ def load_spec(name: str, content: bytes) -> InstanceSpec:
     except YamlError as exc:
         raise InvalidSpec(name, [Finding(_dotted(exc.path), exc.line, exc.message)]) from exc
     if not isinstance(value, dict):
-        raise InvalidSpec(name, [Finding("", None, "a spec is a mapping of fields to values")])
+        raise InvalidSpec(name, [Finding("", None, f"{what} is a mapping of fields to values")])
     try:
-        return InstanceSpec.model_validate_json(json.dumps(value))
+        return model.model_validate_json(json.dumps(value))
     except ValidationError as exc:
         found = exc.errors(include_url=False, include_input=False)
         raise InvalidSpec(name, [_finding(value, lines, e["loc"], _message(e)) for e in found]) from None

@@ -470,9 +470,34 @@ def test_rebuild_rescue_shelf_and_restore(ctl: Ctl) -> None:
         done = ctl("instance", verb, INSTANCE, *arguments)
         assert done.exit_code == 0, done.output
         assert "now running" in done.output
+    assert [command.data.image.format for command in ctl.commands[:2]] == ["qcow2", "qcow2"]
     assert ctl("instance", "rebuild", INSTANCE, "--image", "ftp://x/y", "--sha256", "a" * 64).exit_code == 2
     wrong = ctl("instance", "shelve", INSTANCE, "--store", "main")
     assert wrong.exit_code == 2
     assert "store and name belong together" in wrong.output
     ctl.answers["instance.delete"] = succeed({"restore_until": "2030-01-01T00:00:00Z"})
     assert "can be restored" in ctl("instance", "rm", INSTANCE, "--restore-within", "60").output
+
+
+def test_rebuild_and_rescue_take_all_that_an_image_has(ctl: Ctl, tmp_path: Path) -> None:
+    signature = "A" * 86 + "=="
+    flags = ["--image", "http://x/a.raw.xz", "--sha256", "a" * 64, "--format", "raw", "--compression", "xz"]
+    flags += ["--max-size-mib", "7", "--key", "main", "--signature", signature]
+    seed = tmp_path / "seed.yaml"
+    seed.write_text("hostname: anew\nuser_data: |\n  #cloud-config\n")
+    for verb, more in {"rebuild": ["--seed", str(seed)], "rescue": []}.items():
+        ctl.answers[f"instance.{verb}"] = succeed({"observed": "running"})
+        done = ctl("instance", verb, INSTANCE, *flags, *more)
+        assert done.exit_code == 0, done.output
+        assert ctl.commands[-1].data.image.model_dump() == {
+            "url": "http://x/a.raw.xz", "sha256": "a" * 64, "format": "raw", "max_size_mib": 7, "compression": "xz",
+            "signature": {"key": "main", "ed25519": signature},
+        }  # fmt: skip
+    rebuild = ctl.commands[0].data
+    assert (rebuild.seed.hostname, rebuild.seed.user_data) == ("anew", "#cloud-config\n")
+    lonely = ctl("instance", "rescue", INSTANCE, *flags[:4], "--key", "main")
+    assert (lonely.exit_code, "belong together" in lonely.output) == (2, True)
+    seed.write_text("hostname: anew\nuser: me\n")
+    wrong = ctl("instance", "rebuild", INSTANCE, *flags, "--seed", str(seed))
+    assert (wrong.exit_code, "seed.yaml:2: user: no such field" in wrong.output) == (2, True)
+    assert len(ctl.commands) == 2, "nothing wrong was sent"
