@@ -217,6 +217,7 @@ def instance_resume(session: Session, /, *, instance_id: str, host: str, **optio
     type=click.FloatRange(0, 10 * 366 * 86_400, min_open=True),
     help="Only stop it, and remove it after so long unless it is restored.",
 )
+@guest_timeout_option(what="to shut down before it is ended, with --restore-within; without, it is ended at once")
 @click.option("--keep-exports", is_flag=True, help="Of a shelved instance: leave its exports where they are.")
 @sending_options
 @json_option
@@ -228,10 +229,11 @@ def instance_rm(
     instance_id: str,
     host: str,
     restore_within_s: float | None,
+    guest_timeout_s: float,
     keep_exports: bool,
     **options: Any,
 ) -> None:
     """End an instance and remove everything it owns on its host."""
-    data = InstanceDelete(restore_within_s=restore_within_s, keep_exports=keep_exports)
+    data = InstanceDelete(restore_within_s=restore_within_s, timeout_s=guest_timeout_s, keep_exports=keep_exports)
     past = "removed" if restore_within_s is None else "deleted, and can be restored"
-    power(session, data, instance_id, host, options, past=past, extra_s=data.timeout_s)
+    power(session, data, instance_id, host, options, past=past, extra_s=guest_timeout_s)

@@ -477,6 +477,8 @@ def test_rebuild_rescue_shelf_and_restore(ctl: Ctl) -> None:
     assert "store and name belong together" in wrong.output
     ctl.answers["instance.delete"] = succeed({"restore_until": "2030-01-01T00:00:00Z"})
     assert "can be restored" in ctl("instance", "rm", INSTANCE, "--restore-within", "60").output
+    assert ctl("instance", "rm", INSTANCE, "--restore-within", "60", "--timeout", "5").exit_code == 0
+    assert [command.data.timeout_s for command in ctl.commands[-2:]] == [60.0, 5.0]
 
 
 def test_rebuild_and_rescue_take_all_that_an_image_has(ctl: Ctl, tmp_path: Path) -> None:
