@@ -174,4 +174,4 @@ def images_of(spec: InstanceSpec) -> dict[str, ImageSource]:
 
 
 def _as_image(file: BootFile) -> ImageSource:
-    return ImageSource(url=file.url, sha256=file.sha256, format="raw")
+    return ImageSource(url=file.url, sha256=file.sha256, format="raw", signature=file.signature)

@@ -122,10 +122,11 @@ Disk = Annotated[DataDisk | EphemeralDisk | SwapDisk | CdromDisk, Field(discrimi
 
 
 class BootFile(Inbound):
-    """A kernel or an initial ramdisk."""
+    """A kernel or an initial ramdisk. Its `signature` is as an image's."""
 
     url: Url
     sha256: Sha256
+    signature: ImageSignature | None = None
 
 
 class KernelBoot(Inbound):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.world import World, new_id, spec, until
 
 from agent.drivers.fake.settings import Fault
@@ -130,6 +132,38 @@ async def test_a_boot_file_may_hold_anything_and_is_no_disk(world: World) -> Non
     assert await refused(world, ImagePrefetch(image=source)) == "image_format_mismatch"
     await succeed(world, ImagePrefetch(image=source, boot_file=True))
     assert await refused(world, ImagePrefetch(image=source)) == "image_format_mismatch"
+
+
+async def test_signed_boot_files_where_signatures_are_required(tmp_path: Path, no_blocking: object) -> None:
+    signer = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    trusted = {"publisher": base64.b64encode(signer.public_key().public_bytes_raw()).decode()}
+    images = {"file_roots": [str(tmp_path)], "require_signature": True, "trusted_keys": trusted}
+    world = await World(tmp_path, images=images).open()
+    await world.start()
+
+    def boot_file(number: int, *, signed: int | None) -> dict[str, Any]:
+        source = image(world, number)
+        found: dict[str, Any] = {"url": source.url, "sha256": source.sha256}
+        if signed is not None:
+            digest = bytes.fromhex(image(world, signed).sha256)
+            found["signature"] = {"key": "publisher", "ed25519": base64.b64encode(signer.sign(digest)).decode()}
+        return found
+
+    def create(**files: dict[str, Any]) -> InstanceCreate:
+        return InstanceCreate(spec=spec(boot=Boot.model_validate({"kernel": files})))
+
+    good = create(kernel=boot_file(0, signed=0), initrd=boot_file(1, signed=1))
+    await succeed(world, good, instance_id=new_id())
+    for wrong, code in (
+        (create(kernel=boot_file(0, signed=None)), "image_unsigned"),
+        (create(kernel=boot_file(0, signed=0), initrd=boot_file(1, signed=None)), "image_unsigned"),
+        (create(kernel=boot_file(0, signed=1)), "image_signature_invalid"),
+    ):
+        instance_id = new_id()
+        assert await refused(world, wrong, instance_id=instance_id) == code
+        assert world.agent.ctx.instances.find(instance_id) is None
+    await world.stop()
+    await world.close()
 
 
 async def test_an_operation_under_way_uses_its_image(world: World) -> None:
