@@ -23,7 +23,6 @@ from agent.handlers.observe import read_back
 from agent.handlers.rebuild import generation_of
 from agent.handlers.rescue import define_again, define_life
 from agent.handlers.states import refuse_snapshots
-from agent.handlers.storage import storage_removal
 from agent.handlers.view import instance_view
 from agent.messages.life import Shelf, ShelvedDisk
 from agent.messages.results import InstanceView
@@ -48,7 +47,7 @@ async def shelve(op: Operation, data: InstanceShelve) -> InstanceView:
         await refuse_snapshots(op)
 
     async def remove_disks() -> Json:
-        await op.long(storage_removal(op.ctx.driver), instance_id)
+        await op.long(op.ctx.driver.shelve_storage, instance_id)
         return None
 
     found = await halt.look(op, since=now().isoformat())
@@ -89,7 +88,7 @@ async def unshelve(op: Operation, data: InstanceUnshelve) -> InstanceView:
             op.stage(instance=op.ctx.instances.update(instance_id, life=life))
 
     async def remove() -> None:
-        await op.long(storage_removal(driver), instance_id)
+        await op.long(driver.shelve_storage, instance_id)
 
     async def storage() -> Json:
         await op.long(driver.create_storage, instance_id, record.spec, images)

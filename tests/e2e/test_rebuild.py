@@ -13,9 +13,12 @@ import pytest
 from support.fleet import World
 from test_life import BOOT_S, UP, Host
 
+from agent.drivers.libvirt.seed import _iso
 from agent.messages.commands import HostShow, InstanceDelete, InstanceShow, InstanceStart, InstanceStop
 from agent.messages.spec import ImageSource, Seed, UserNic
-from agent.messages.spec_disks import DataDisk, EphemeralDisk
+from agent.messages.spec_disks import CdromDisk, DataDisk, EphemeralDisk
+from agent.messages.spec_machine import Firmware, Machine
+from agent.messages.verbs_host import HostAudit
 from agent.messages.verbs_rebuild import (
     InstanceRebuild,
     InstanceRescue,
@@ -25,6 +28,7 @@ from agent.messages.verbs_rebuild import (
     InstanceUnshelve,
 )
 from agent.messages.verbs_snapshot import ExportTarget
+from devstack.firmware import firmware
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
@@ -191,6 +195,64 @@ async def test_shelve_and_unshelve_keep_what_was_written(
         assert "backing file" not in shown
     await host.do(InstanceDelete(), guest)
     await host.world.judge(host.agent, (), libvirtd)
+
+
+async def test_uefi_variables_and_cds_come_back_from_the_shelf(
+    world: World, libvirtd: PrivateLibvirtd, source: ImageSource, bootable: GuestImage, tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    iso = tmp_path / "tools.iso"
+    iso.write_bytes(_iso("TOOLS", {"readme": b"hello"}))
+    tools = ImageSource(url=iso.as_uri(), sha256=hashlib.sha256(iso.read_bytes()).hexdigest(), format="raw")
+    builds = firmware(Path(request.config.cache.mkdir("firmware")))
+    agent = await world.agent(
+        driver="libvirt",
+        driver_settings={"uri": libvirtd.uri, "virt_type": "qemu", "firmware_dirs": [str(builds)]},
+        settings={
+            "images": {"file_roots": [str(bootable.path.resolve().parent), str(tmp_path)]},
+            "exports": {"stores": {"shelf": str(shelf)}},
+        },
+    )
+    await agent.start()
+    host = Host(world, agent, source)
+    machine = Machine(firmware=Firmware(type="uefi"))
+    disks = [CdromDisk(kind="cdrom", name="tools", image=tools)]
+    guest = await host.create(host.spec("settled", memory_mib=256, machine=machine, disks=disks))
+    first = await host.console(guest, "guest: tick 1")
+    assert "guest: firmware=efi" in first
+    assert "type=iso9660 label=TOOLS" in first
+    await host.do(InstanceStop(force=True), guest)
+    variables = agent.state_dir / "instances" / guest / "nvram.fd"
+    written = variables.read_bytes()
+    assert "Boot0001".encode("utf-16-le") in written, "the firmware notes what it can boot"
+
+    shelved = await host.do(InstanceShelve(target=ExportTarget(store="shelf", name="settled")), guest)
+    assert [disk["name"] for disk in shelved["life"]["shelf"]["disks"]] == ["root"]
+    assert folder(host, guest) == ["nvram.fd", "volumes.json"]
+    assert (await host.do(HostAudit()))["items"] == []
+    await agent.kill()
+    for cached in (agent.state_dir / "images").glob(f"{tools.sha256}*"):
+        cached.unlink()
+    await agent.start()
+    export = Path(shelved["life"]["shelf"]["disks"][0]["url"].removeprefix("file://"))
+    export.rename(tmp_path / "away")
+    gone = await host.refused(InstanceUnshelve(), guest)
+    assert gone.data["error"]["code"] == "image_missing"
+    assert variables.read_bytes() == written, "also after an unshelve that failed"
+    (tmp_path / "away").rename(export)
+
+    await host.do(InstanceUnshelve(), guest)
+    assert variables.read_bytes() == written
+    assert [path.name for path in (agent.state_dir / "images").glob(f"{tools.sha256}*")], "fetched again"
+    await host.do(InstanceStart(), guest)
+    second = await host.console(guest, "guest: tick 1")
+    assert "guest: firmware=efi" in second
+    assert "type=iso9660 label=TOOLS" in second
+    assert second.count(UP) == 1, "the console's log began anew"
+    await host.do(InstanceDelete(), guest)
+    await world.judge(agent, (), libvirtd)
 
 
 async def test_a_rebuild_that_fails_brings_the_old_guest_back(

@@ -23,7 +23,9 @@ from agent.drivers.libvirt import LibvirtDriver, xml, xml_keep
 from agent.drivers.libvirt.capacity import parse_capabilities
 from agent.drivers.libvirt.definition import HostFacts, InstanceFiles
 from agent.drivers.libvirt.volumes import Location
+from agent.drivers.verbs.host import Holding
 from agent.errors import ComputeError, FailedPrecondition, ResourceExhausted
+from agent.messages.life import ORDINARY
 from agent.messages.spec import InstanceSpec
 from devstack.firmware import firmware
 from devstack.guest_image import guest_image
@@ -471,13 +473,21 @@ def test_the_guest_sees_its_cpus_cells_watchdog_and_share(bench: Bench, image: P
 
 
 def test_a_guest_boots_from_uefi_and_its_variables_go_with_it(bench: Bench, image: PreparedImage) -> None:
-    instance_id, _made = bench.make(image, memory_mib=256, machine=UEFI)
+    instance_id, made = bench.make(image, memory_mib=256, machine=UEFI)
     console = bench.boot(instance_id, last="guest: firmware=")
     assert "BdsDxe: starting" in console
     assert "guest: firmware=efi" in console
     variables = bench.folder / "instances" / instance_id / "nvram.fd"
     assert variables.exists()
     bench.driver.destroy(instance_id)
+    # On the shelf they alone stay, with what proves whose they are.
+    written = variables.read_bytes()
+    for _ in range(2):
+        bench.driver.shelve_storage(instance_id, CallContext())
+        assert sorted(path.name for path in variables.parent.iterdir()) == ["nvram.fd", "volumes.json"]
+    assert variables.read_bytes() == written
+    held = bench.driver.ledger({instance_id: Holding(made, ORDINARY)})
+    assert [(one.kind, one.instance_id) for one in held.present] == [("domain", instance_id), ("folder", instance_id)]
     bench.driver.undefine(instance_id)
     assert not variables.exists()
     bench.driver.delete_storage(instance_id)

@@ -68,6 +68,11 @@ class FakeRebuild(Parts):
         with self._call("remove_rescue_disk", instance_id, verb="instance.unrescue"), self._hypervisor.lock:
             self._hypervisor.disks.remove_one(instance_id, RESCUE)
 
+    def shelve_storage(self, instance_id: str, call: CallContext) -> None:  # simulated guests have no variables
+        with self._call("shelve_storage", instance_id, verb="instance.shelve"):
+            self._hypervisor.delete_disks(instance_id)
+        call.progress(100.0)
+
     def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
         with self._call("import_disk", instance_id, verb="instance.unshelve", context=call):
             try:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 from xml.etree import ElementTree as ET
 
 from agent.drivers.libvirt import firmware
 from agent.drivers.libvirt.volumes import Location
 from agent.messages.spec import InstanceSpec
+
+NVRAM: Final = "nvram.fd"
+"""The file of a guest's UEFI variables, in the instance's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class InstanceFiles:
     @property
     def nvram(self) -> Path:
         """The guest's UEFI variables; libvirt makes the file when the guest first starts."""
-        return self.console_log.with_name("nvram.fd")
+        return self.console_log.with_name(NVRAM)
 
 
 def text_element(parent: ET.Element, tag: str, text: str, **attributes: str) -> ET.Element:

@@ -127,13 +127,16 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
         self._storage.create(instance_id, spec, images, call)
 
     def delete_storage(self, instance_id: str) -> None:
+        self._remove_storage(instance_id, keep_variables=False)
+
+    def _remove_storage(self, instance_id: str, *, keep_variables: bool) -> None:
         seals: list[encryption.Sealed] = []
         with contextlib.suppress(FailedPrecondition):  # a damaged manifest: libvirtd forgets secrets by itself too
             seals = self._storage.seals(instance_id)
         if seals:
             with self._link.call() as connection:
                 encryption.withdraw(connection, seals)
-        self._storage.delete(instance_id)
+        self._storage.delete(instance_id, keep_variables=keep_variables)
 
     def define(self, instance_id: str, spec: InstanceSpec, *, generation: int, life: Life = ORDINARY) -> None:
         files = self._storage.files(instance_id, spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from agent.drivers.base import Driver
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.host import Hypervisor
@@ -17,3 +19,7 @@ class Parts(Driver):
     _storage: Storage
     _link: Link
     _hypervisor: Hypervisor
+
+    @abstractmethod
+    def _remove_storage(self, instance_id: str, *, keep_variables: bool) -> None:
+        """Remove all that an instance has on the host's disks, or all but its UEFI variables."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,10 @@ from agent.drivers.base import CallContext, ConsoleChunk, PreparedImage
 from agent.drivers.libvirt import seed
 from agent.drivers.libvirt.backend_files import FileBackend
 from agent.drivers.libvirt.backends import Backends, DiskBackend
-from agent.drivers.libvirt.definition import InstanceFiles, Tuning
+from agent.drivers.libvirt.definition import NVRAM, InstanceFiles, Tuning
 from agent.drivers.libvirt.encryption import Sealed, sealed
 from agent.drivers.libvirt.files import MIB, make_folder, os_errors, sync, write_durably
+from agent.drivers.libvirt.manifest import NAME as MANIFEST
 from agent.drivers.libvirt.manifest import Entry, Manifest
 from agent.drivers.libvirt.settings import LibvirtSettings
 from agent.drivers.libvirt.tuning import Tuner
@@ -145,11 +147,13 @@ class Storage:
                 # Made here so that the log is the agent's; virtlogd would make one that only root can read.
                 (folder / "console.log").touch(mode=0o640)
 
-    def delete(self, instance_id: str) -> None:
+    def delete(self, instance_id: str, *, keep_variables: bool = False) -> None:
         """Remove the instance's volumes and its folder with all in it; a link of that name is removed, not followed.
 
         The manifest goes last, with the folder. Where there is none, or it is damaged, every back end is searched.
-        Idempotent. Raises `FailedPrecondition` (`backend_missing`) while a volume's back end is not configured.
+        `keep_variables`: the guest's UEFI variables, if it has any, stay in the folder, beside the manifest that proves
+        whose they are. Idempotent. Raises `FailedPrecondition` (`backend_missing`) while a volume's back end is not
+        configured.
         """
         folder = self._folder(instance_id)
         # Not a directory: what should hold the folder is none, so there is nothing to remove.
@@ -163,7 +167,10 @@ class Storage:
                 keeper.remove(Volume(instance_id, volume_name))
                 if isinstance(keeper, FileBackend) and keeper.root != self.root:
                     keeper.remove_folder(instance_id)
-            shutil.rmtree(folder)
+            if keep_variables and (folder / NVRAM).is_file():
+                _clear(folder, keep={NVRAM, MANIFEST})
+            else:
+                shutil.rmtree(folder)
 
     def _volumes_of(self, instance_id: str, folder: Path) -> Iterator[tuple[str, str]]:
         """Back end and name of every volume that may be there."""
@@ -207,6 +214,17 @@ class Storage:
 
     def _folder(self, instance_id: str) -> Path:
         return self._backends.folder(instance_id)
+
+
+def _clear(folder: Path, keep: AbstractSet[str]) -> None:
+    """Remove everything in a folder but the files of these names."""
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _cd_entry(name: str, image: PreparedImage | None) -> Entry:

@@ -70,6 +70,10 @@ class LibvirtRebuild(Parts):
     def remove_rescue_disk(self, instance_id: str, spec: InstanceSpec) -> None:
         self._storage.backend(spec, ROOT).remove(Volume(instance_id, RESCUE))
 
+    def shelve_storage(self, instance_id: str, call: CallContext) -> None:
+        self._remove_storage(instance_id, keep_variables=True)
+        call.progress(100.0)
+
     def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
         if self._settings.simulated:
             raise Unsupported("libvirt's simulated hypervisor has no disks to import")

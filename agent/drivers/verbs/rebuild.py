@@ -65,6 +65,13 @@ class RebuildVerbs:
         del instance_id, spec
         raise Unsupported(f"driver {self.name} cannot rescue", verb="instance.unrescue")
 
+    def shelve_storage(self, instance_id: str, call: CallContext) -> None:
+        """Remove all that `create_storage` and `import_disk` make, and keep what only this host has and a guest could
+        miss: its UEFI variables. The domain stays. `delete_storage` removes these too. It is not told of a cancel.
+        """
+        del instance_id, call
+        raise Unsupported(f"driver {self.name} cannot shelve", verb="instance.shelve")
+
     def import_disk(self, instance_id: str, spec: InstanceSpec, disk: ImportedDisk, call: CallContext) -> None:
         """Make a disk of the spec from an exported image, whole and without referring to it. A finished one is kept.
 

@@ -112,3 +112,19 @@ class RebuildContract:
         driver.start(instance.id)
         assert instance.power == "running"
         instance.remove()
+
+    def test_what_is_shelved_leaves_nothing_but_its_definition(
+        self, driver: Driver, instance: Instance, tmp_path: Path
+    ) -> None:
+        if "instance.shelve" not in driver.capabilities().verbs:
+            return
+        instance.create()
+        for _ in range(2):
+            driver.shelve_storage(instance.id, CallContext())
+        left = [path for path in files_of(tmp_path, instance.id) if path.parent.name != "domains"]
+        assert not left, "beside what the simulation notes of its domains"
+        assert driver.get(instance.id).power == "stopped"
+        driver.create_storage(instance.id, instance.spec, {}, CallContext())
+        driver.start(instance.id)
+        instance.remove()
+        driver.shelve_storage(instance.id, CallContext())
