@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from agent.controller import render
 from agent.errors import FailedPrecondition, NotFound
 from agent.handlers.operation import operation_view
 from agent.store.base import OperationRecord
@@ -63,11 +64,17 @@ def list_command(path: Path, unfinished: bool, limit: int, as_json: bool) -> Non
     if as_json:
         click.echo(json.dumps([view.model_dump(mode="json", exclude={"steps"}) for view in views], indent=2))
         return
-    click.echo(f"{'OPERATION':38} {'VERB':18} {'STATE':10} {'ACCEPTED':20} INSTANCE")
-    for view in views:
-        state = f"{view.state}{'*' if view.undo_pending else ''}"
-        at = view.accepted_at.strftime("%Y-%m-%dT%H:%M:%SZ")
-        click.echo(f"{view.id:38} {view.verb:18} {state:10} {at:20} {view.instance_id or '-'}")
+    rows = [
+        [
+            view.id,
+            view.verb,
+            f"{view.state}{'*' if view.undo_pending else ''}",
+            view.accepted_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            view.instance_id,
+        ]
+        for view in views
+    ]
+    render.table(("operation", "verb", "state", "accepted", "instance"), rows)
 
 
 @journal.command("show")
