@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
-from driver_case import WAIT_S, Instance, make_spec
+from driver_case import PREFIX, WAIT_S, DriverCase, Instance, make_image, make_spec
 
 from agent.drivers.base import CallContext, Driver
 from agent.drivers.verbs.stats import CpuUse, DiskUse, Use
-from agent.errors import NotFound
+from agent.errors import NotFound, Unsupported
+from agent.messages.life import Life, Rescue
+from agent.messages.spec import ImageSource
 
 MIB = 1024 * 1024
+IMAGE = {"url": "file:///images/any.raw", "sha256": "0" * 64, "format": "raw"}
+SOURCE = ImageSource(url="file:///images/rescue.raw", sha256="0" * 64, format="raw")
+RESCUED = Life(rescue=Rescue(image=SOURCE, since=datetime(2026, 1, 2, tzinfo=UTC), was_running=True))
 
 
 class StatsContract:
@@ -80,6 +86,50 @@ class StatsContract:
         assert found.power == "stopped"
         assert all(disk.capacity_bytes is None and disk.allocation_bytes is None for disk in found.disks)
         instance.remove()
+
+    def test_stats_name_disks_as_the_spec_does(self, driver: Driver, tmp_path: Path) -> None:
+        """Of every kind and bus, whatever order the definition has; also while a rescue disk comes before them."""
+        disks = [
+            {"kind": "cdrom", "name": "cd", "image": IMAGE},
+            {"kind": "data", "name": "filled", "size_mib": 3, "bus": "sata"},
+            {"kind": "swap", "name": "swap", "size_mib": 2, "bus": "scsi"},
+        ]
+        instance = Instance(driver, make_spec(disks=disks, seed={"user_data": "#nothing"}))
+        image = make_image(tmp_path / "image.raw", 2)
+        driver.create_storage(instance.id, instance.spec, {"cd": image}, CallContext())
+        driver.define(instance.id, instance.spec, generation=1)
+        wanted = {"root": 16 * MIB, "filled": 3 * MIB, "swap": 2 * MIB}
+        for power in ("stopped", "running", "rescued"):
+            if power == "rescued":
+                driver.destroy(instance.id)
+                driver.create_rescue_disk(instance.id, instance.spec, make_image(tmp_path / "rescue.raw", 8), CallContext())
+                driver.define(instance.id, instance.spec, generation=2, life=RESCUED)
+            if power != "stopped":
+                driver.start(instance.id)
+            found = driver.stats(instance.id, instance.spec)
+            sizes = {disk.name: disk.capacity_bytes for disk in found.disks if disk.name != "cd"}
+            assert sizes == wanted, power
+            assert list(sizes) == list(wanted), power
+            assert len(found.disks) == len({disk.name for disk in found.disks})
+            assert all(disk.capacity_bytes in (None, 2 * MIB) for disk in found.disks if disk.name == "cd")
+        instance.remove()
+
+    def test_stats_of_an_adopted_domain(self, driver: Driver, driver_case: DriverCase) -> None:
+        if "instance.adopt" not in driver.capabilities().verbs:
+            with pytest.raises(Unsupported):
+                driver.foreign_plan(str(uuid.uuid4()), False)
+            return
+        foreign = driver_case.add_foreign(driver, f"{PREFIX}counted", disk=True)
+        plan = driver.foreign_plan(foreign, False)
+        driver.adopt(foreign, plan.spec, generation=1, life=Life(adopted=plan.adoption))
+        found = driver.stats(foreign, plan.spec)
+        assert (found.power, found.complete) == ("running", True)
+        if driver.name == "libvirt":
+            assert [(disk.name, disk.capacity_bytes) for disk in found.disks] == [("root", MIB)]
+        driver.destroy(foreign)
+        assert driver.stats(foreign, plan.spec).power == "stopped"
+        driver.undefine(foreign)
+        driver.delete_adopted_disks(foreign, plan.adoption.disks)
 
 
 def _check_stopped(found: Use) -> None:
