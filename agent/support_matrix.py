@@ -45,6 +45,7 @@ NOVA: Final[dict[str, Nova]] = {
     "instance.memory-dump": Nova("no"),
     "instance.set-policy": Nova("no", "", "what follows a guest's end is the same for all instances"),
     "instance.show": Nova("partly", "get_instance_diagnostics", "the rest is the API's database"),
+    "instance.stats": Nova("yes", "get_diagnostics, get_instance_diagnostics", "of a running instance only"),
     "instance.list": Nova("no", "", "the API's database"),
     "instance.resize": Nova("partly", "prep_resize, resize_instance, finish_resize", "never live"),
     "instance.confirm-resize": Nova("yes", "confirm_resize"),

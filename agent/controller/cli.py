@@ -21,6 +21,7 @@ from agent.controller.commands_operation import operation
 from agent.controller.commands_rebuild import COMMANDS as REBUILD_COMMANDS
 from agent.controller.commands_resize import COMMANDS as RESIZE
 from agent.controller.commands_snapshot import instance_backup, instance_backups, instance_export, snapshot
+from agent.controller.commands_stats import stats
 from agent.controller.session import Address, RootGroup, Session
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -64,7 +65,7 @@ def cli(
     session.timeout_s = timeout_s
 
 
-for command in (instance, host, image, operation, events, snapshot):
+for command in (instance, host, image, operation, events, snapshot, stats):
     cli.add_command(command)
 for command in (
     instance_adopt,
@@ -74,6 +75,7 @@ for command in (
     *MEMORY_COMMANDS,
     *RESIZE,
     *REBUILD_COMMANDS,
+    stats,
 ):
     instance.add_command(command)
 

@@ -184,10 +184,12 @@ class Operation:
                 self.ctx.journal.event(event, subject=self.record.instance_id, traceparent=self.command.traceparent)
             )
 
-    async def query(self, call: Callable[..., T], *args: Any) -> T:
-        """Call the driver to read. Raises what the driver raises, and `DeadlineExceeded`."""
-        deadline_s = self.ctx.deadlines.query_s
-        return await self._retried(lambda: self.ctx.executor.call("query", call, *args, deadline_s=deadline_s))
+    async def query(self, call: Callable[..., T], *args: Any, deadline_s: float | None = None) -> T:
+        """Call the driver to read. Raises what the driver raises, and `DeadlineExceeded`; its limit is that of reads
+        unless another is given.
+        """
+        limit_s = self.ctx.deadlines.query_s if deadline_s is None else deadline_s
+        return await self._retried(lambda: self.ctx.executor.call("query", call, *args, deadline_s=limit_s))
 
     async def mutate(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call the driver to change this instance. After `DeadlineExceeded` the lane waits for the thread."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from agent.drivers.plain import check_plain
-from agent.drivers.verbs import host, memory, rebuild, resize, snapshot
+from agent.drivers.verbs import host, memory, rebuild, resize, snapshot, stats
 from agent.errors import Unsupported
 from agent.messages.events import HypervisorEvent, NumaCell, PowerState
 from agent.messages.life import ORDINARY, Life
@@ -55,6 +55,7 @@ OPTIONAL_VERBS: frozenset[str] = frozenset(
     | snapshot.VERBS
     | rebuild.VERBS
     | host.VERBS
+    | stats.VERBS
 )
 """Verbs that a driver may lack; an unannounced one is refused by name before the driver is called."""
 
@@ -173,7 +174,15 @@ class CallContext:
     cancelled: Callable[[], bool] = field(default=lambda: False)
 
 
-class Driver(memory.MemoryVerbs, resize.ResizeVerbs, snapshot.SnapshotVerbs, rebuild.RebuildVerbs, host.HostVerbs, ABC):
+class Driver(
+    memory.MemoryVerbs,
+    resize.ResizeVerbs,
+    snapshot.SnapshotVerbs,
+    rebuild.RebuildVerbs,
+    host.HostVerbs,
+    stats.StatsVerbs,
+    ABC,
+):
     """One hypervisor. Constructed with a `DriverContext`; the constructor does no I/O and validates `settings`
     (raising `InvalidArgument` that names the key).
     """

@@ -20,6 +20,7 @@ from agent.handlers import (
     restore,
     shelve,
     snapshot,
+    stats,
 )
 
 ROUTES: tuple[Route, ...] = (
@@ -39,5 +40,6 @@ ROUTES: tuple[Route, ...] = (
     *images.ROUTES,
     *resize.ROUTES,
     *live.ROUTES,
+    *stats.ROUTES,
 )
 """As the modules have them: `guarded` is put around each where they are registered."""

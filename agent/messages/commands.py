@@ -21,7 +21,15 @@ from pydantic import (
 from pydantic_core import from_json
 
 from agent.errors import InvalidArgument
-from agent.messages import verbs_host, verbs_image, verbs_memory, verbs_rebuild, verbs_resize, verbs_snapshot
+from agent.messages import (
+    verbs_host,
+    verbs_image,
+    verbs_memory,
+    verbs_rebuild,
+    verbs_resize,
+    verbs_snapshot,
+    verbs_stats,
+)
 from agent.messages.spec import InstanceSpec
 from agent.messages.types import CommandId, Generation, HostName, Inbound, InstanceId, TimeoutS
 from agent.messages.verb import CommandData
@@ -230,6 +238,7 @@ COMMANDS: tuple[type[CommandData], ...] = (
     *verbs_snapshot.COMMANDS,
     *verbs_rebuild.COMMANDS,
     *verbs_host.COMMANDS,
+    *verbs_stats.COMMANDS,
 )
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from agent.messages import verbs_host, verbs_image, verbs_memory, verbs_rebuild, verbs_resize, verbs_snapshot
+from agent.messages import (
+    verbs_host,
+    verbs_image,
+    verbs_memory,
+    verbs_rebuild,
+    verbs_resize,
+    verbs_snapshot,
+    verbs_stats,
+)
 from agent.messages.events import DesiredState, HostHeartbeat, OperationState, PowerState, Problem
 from agent.messages.life import Life
 from agent.messages.spec import InstanceSpec
@@ -162,5 +170,6 @@ RESULTS: dict[str, type[Outbound]] = {
     "snapshot.revert": InstanceView,
     **verbs_rebuild.RESULTS,
     **verbs_host.RESULTS,
+    **verbs_stats.RESULTS,
 }
 """Verb → what its `operation.succeeded` carries as `result`."""

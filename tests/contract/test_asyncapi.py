@@ -81,6 +81,7 @@ from agent.messages.verbs_snapshot import (
     SnapshotList,
     SnapshotRevert,
 )
+from agent.messages.verbs_stats import InstanceStats
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "asyncapi.json"
@@ -336,6 +337,7 @@ async def _use_every_verb(broker: MemoryBroker, foreign: str, image: ImageSource
             InstanceSuspend(),
             InstanceStart(),
             InstanceShow(),
+            InstanceStats(),
             ConsoleLog(),
             InstanceSetMemoryTarget(memory_mib=64),
             InstanceSetLimits(disks={"root": DiskLimits(total_iops=5)}),

@@ -30,6 +30,7 @@ from agent.messages.commands import (
 )
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
 from agent.messages.verbs_host import HostAudit, InstanceAdopt
+from agent.messages.verbs_stats import InstanceStats
 from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = [
@@ -108,25 +109,41 @@ def story(instances: Path, guest: str) -> str:
     return subprocess.run(["/sbin/debugfs", "-R", "cat /story", str(disk)], check=True, capture_output=True, text=True).stdout
 
 
+async def stats(world: World, host: str, guest: str) -> dict[str, Any]:
+    return dict((await world.succeed(host, InstanceStats(), guest)).data["result"])
+
+
 async def test_life_of_a_container(
     world: World, agent: AgentProcess, lxc_daemon: PrivateLibvirtd, root_image: ImageSource, instances: Path
 ) -> None:
     host, guest = agent.host, str(uuid.uuid4())
     beat = (await world.succeed(host, HostShow())).data["result"]["heartbeat"]
     assert beat["hypervisor_type"] == "LXC"
-    assert beat["capabilities"] == ["host.audit", "instance.pause", "instance.resume"]
+    assert beat["capabilities"] == ["host.audit", "instance.pause", "instance.resume", "instance.stats"]
     assert beat["inventory"]["VCPU"]["total"] >= 1
 
     made = (await world.succeed(host, InstanceCreate(spec=spec(root_image)), guest)).data["result"]
     assert made["observed"] == "running"
     assert (await world.succeed(host, InstancePause(), guest)).data["result"]["observed"] == "paused"
     assert (await world.succeed(host, InstanceResume(), guest)).data["result"]["observed"] == "running"
+    used = await stats(world, host, guest)
+    assert (used["power"], used["complete"]) == ("running", True)
+    assert used["memory"]["rss_kib"] > 0
+    assert used["memory"]["current_kib"] == used["memory"]["maximum_kib"] == 64 * 1024
+    assert (used["disks"][0]["name"], used["disks"][0]["capacity_bytes"]) == ("root", 32 * 1024 * 1024)
+    assert "write_bytes" not in used["disks"][0], "what is not known is not 0"
     await agent.restart()
+    async with asyncio.timeout(30):
+        while (await stats(world, host, guest))["cpu"]["cpu_time_ns"] <= used["cpu"]["cpu_time_ns"]:
+            await asyncio.sleep(0.2)  # nothing tells of it but another look
     assert (await world.succeed(host, InstanceShow(), guest)).data["result"]["observed"] == "running"
     # Its init must have come as far as its trap before it is asked.
     await asyncio.sleep(1.0)
     stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest, timeout_s=60)).data["result"]
     assert (stopped["observed"], stopped["forced"]) == ("stopped", False)
+    idle = await stats(world, host, guest)
+    assert (idle["power"], idle["cpu"]) == ("stopped", {"vcpus": 1, "max_vcpus": 1})
+    assert idle["disks"][0]["capacity_bytes"] == 32 * 1024 * 1024
     told = await asyncio.to_thread(story, instances, guest)
     assert told == "up c as 1\nbye\n", "it has a host name and processes of its own"
 

@@ -32,6 +32,7 @@ from agent.messages.commands import (
 from agent.messages.events import Event
 from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
 from agent.messages.verb import CommandData
+from agent.messages.verbs_stats import InstanceStats
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
@@ -155,6 +156,10 @@ async def test_guests_on_a_network_and_a_bridge(
         assert f"seed: instance-id={guest}" in text
         assert text.count("guest: mac=") == 2
         assert "guest: mac=52:54:00:00:00:01" in text
+        used = (await host.do(InstanceStats(), guest))["nics"]
+        assert [(nic["nic"], nic["device"]) for nic in used] == [(0, "vnet0"), (1, "vnet1")]
+        assert used[0]["mac"] == "52:54:00:00:00:01"
+        assert all(nic[f"{way}_{what}"] >= 0 for nic in used for way in ("rx", "tx") for what in ("bytes", "packets", "errors"))
         missing = InstanceCreate(spec=host.spec("lost", nics=[NetworkNic(type="network", network="nowhere")]))
         failed = await host.refused(missing, str(uuid.uuid4()))
         assert failed.kind == "operation.failed"

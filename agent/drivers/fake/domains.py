@@ -26,7 +26,8 @@ class Domain:
 
     Times are of the wall clock, since they have to hold over a restart. `pending` are the guest's acts to come,
     with their times. `cpus` are the host's CPUs that the vCPUs have for themselves. `boots` counts the boots that were
-    completed before the present start. `reverted_by` is the mark of the revert that the present definition came from.
+    completed before the present start. `process_at` is when the guest's process began, moved on by the time that it was
+    paused; a reboot leaves it as it is. `reverted_by` is the mark of the revert that the present definition came from.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Domain:
     life_json: str | None = None
     started_at: float | None = None
     paused_at: float | None = None
+    process_at: float | None = None
     boots: int = 0
     pending: dict[str, float] = field(default_factory=dict)
     cpus: list[int] = field(default_factory=list)

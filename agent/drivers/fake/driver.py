@@ -38,6 +38,7 @@ from agent.drivers.fake.verbs_memory import FakeMemory
 from agent.drivers.fake.verbs_rebuild import FakeRebuild
 from agent.drivers.fake.verbs_resize import FakeResize
 from agent.drivers.fake.verbs_snapshot import FakeSnapshot
+from agent.drivers.fake.verbs_stats import FakeStats
 from agent.errors import Cancelled, FailedPrecondition, Unavailable, Unsupported
 from agent.messages.events import NumaCell, PagePool
 from agent.messages.life import ORDINARY, Life
@@ -47,7 +48,7 @@ _FILE_POLL_S = 0.25
 _SLICE_S = 0.05
 
 
-class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost):
+class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost, FakeStats):
     """A simulated hypervisor with up to thousands of guests. See `settings.FakeSettings` and `settings.Fault`."""
 
     name: ClassVar[str] = "fake"

@@ -227,6 +227,7 @@ class Hypervisor:
                 lost = time.time() - (domain.paused_at or 0.0)
                 domain.paused_at = None
                 domain.started_at = (domain.started_at or 0.0) + lost
+                domain.process_at = (domain.process_at or domain.started_at) + lost
                 domain.pending = {act: at + lost for act, at in domain.pending.items()}
                 self.set_power(domain, "running", reason)
                 self._schedule_all(domain)
@@ -305,7 +306,7 @@ class Hypervisor:
         self.emit(PowerChanged(domain.id, power, reason))
 
     def _boot(self, domain: Domain) -> None:
-        domain.started_at = time.time()
+        domain.started_at = domain.process_at = time.time()
         domain.paused_at = None
         domain.pending.clear()
         if (spec := domain.spec) is not None:

@@ -92,6 +92,7 @@ class FakeSnapshot(Parts):
                 return
             now = time.time()
             domain.started_at = now - kept["ran_s"]
+            domain.process_at = now
             paused = request.start is False or (request.start is None and kept["power"] == "paused")
             domain.paused_at = now if paused else None
             self._hypervisor.set_power(domain, "paused" if paused else "running", "from-snapshot")

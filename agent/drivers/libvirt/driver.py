@@ -8,6 +8,7 @@ call's block ends (`Link.call`).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
@@ -32,6 +33,7 @@ from agent.drivers.libvirt.verbs_memory import LibvirtMemory
 from agent.drivers.libvirt.verbs_rebuild import LibvirtRebuild
 from agent.drivers.libvirt.verbs_resize import LibvirtResize
 from agent.drivers.libvirt.verbs_snapshot import LibvirtSnapshot
+from agent.drivers.libvirt.verbs_stats import MOST_ASKING, LibvirtStats
 from agent.drivers.verbs.host import check_adopted_spec
 from agent.errors import FailedPrecondition, Unsupported
 from agent.messages.life import ORDINARY, Adoption, Life
@@ -47,7 +49,7 @@ _UNDEFINE_FLAGS: Final = (
 )
 
 
-class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuild, LibvirtHost):
+class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuild, LibvirtHost, LibvirtStats):
     """Runs instances through a libvirt daemon on this host. Settings: `agent.drivers.libvirt.settings`.
 
     Domains without our marker in their metadata are listed as foreign and refused by every mutating verb.
@@ -65,6 +67,7 @@ class LibvirtDriver(LibvirtMemory, LibvirtResize, LibvirtSnapshot, LibvirtRebuil
             xml_container.check_folder(self._storage.root)
         self._link = Link(self._settings, context.emit)
         self._hypervisor = Hypervisor(self._settings, self._link, self._storage)
+        self._asking = threading.BoundedSemaphore(MOST_ASKING)
 
     # --- connection -----------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ _SIMULATED_VERBS: Final = (
     - snapshot.VERBS
 )
 # libvirt keeps no log of a container's console, tells nothing of reboots, and saves and hot-plugs next to nothing.
-_CONTAINER_VERBS: Final = frozenset({"instance.pause", "instance.resume", "host.audit"})
+_CONTAINER_VERBS: Final = frozenset({"instance.pause", "instance.resume", "instance.stats", "host.audit"})
 _MACHINES: Final = {"x86_64": "q35", "i686": "q35", "aarch64": "virt"}
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from devstack.libvirtd import PrivateLibvirtd
 
 
-_PARTS = ("connection", "definition", "host", "life", "machine", "memory", "reading", "rebuild", "resize", "snapshot", "storage")
+_PARTS = (
+    "connection", "definition", "host", "life", "machine", "memory", "reading", "rebuild", "resize", "snapshot", "stats",
+    "storage",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

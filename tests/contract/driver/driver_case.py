@@ -249,6 +249,7 @@ OPTIONAL: dict[str, Verb] = {
     "instance.resize": lambda driver, uid: driver.grow_disk(uid, make_spec(), "root", 17),
     "instance.set-memory-target": lambda driver, uid: driver.request_memory_target(uid, 32),
     "instance.set-limits": lambda driver, uid: driver.apply_limits(uid, make_spec()),
+    "instance.stats": lambda driver, uid: driver.stats(uid, make_spec()),
 }
 OF_THE_HOST = {"host.audit", "instance.adopt"}
 """Optional verbs that are about no domain, or about a foreign one."""

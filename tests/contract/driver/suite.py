@@ -17,6 +17,7 @@ from contract_reading import ReadingContract
 from contract_rebuild import RebuildContract
 from contract_resize import ResizeContract
 from contract_snapshot import SnapshotContract
+from contract_stats import StatsContract
 from contract_storage import StorageContract
 
 
@@ -31,6 +32,7 @@ class DriverContract(
     StorageContract,
     SnapshotContract,
     HostContract,
+    StatsContract,
     ConnectionContract,
 ):
     """All of it."""
