@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -156,7 +155,3 @@ def lines_of_json(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 2.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, new_id, spec, until
+from support.world import ROUNDS, World, new_id, spec, until
 
 from agent.drivers.fake.live import limits_json
 from agent.drivers.fake.settings import Fault
@@ -94,7 +94,7 @@ STORED = {"export": 2, "backup": 3}
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object, unannounced: None) -> AsyncIterator[World]:
     (tmp_path / "store").mkdir()
     made = await World(
         tmp_path, store=request.param, exports={"stores": {"main": str(tmp_path / "store")}}
@@ -176,7 +176,7 @@ async def same_everywhere(world: World, record: InstanceRecord) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
     data, power = VERBS[verb]
-    for commits in range(16):
+    for commits in range(ROUNDS):
         instance_id = await prepared(world, verb)
         world.cut.after(commits, applied=applied)
         operation_id = world.send(data, instance_id=instance_id)
@@ -258,7 +258,7 @@ async def test_dies_again_and_again(world: World) -> None:
 @pytest.mark.parametrize("fault", ["define", "start", "get"])
 async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str, applied: bool) -> None:
     """Whether it is then finished or rolled back, one final event comes and nothing is left that is nobody's."""
-    for commits in range(1, 12):
+    for commits in range(1, ROUNDS):
         operation_id, instance_id = new_id(), new_id()
         # `get` fails long enough to fail the operation, and not the undoing.
         world.driver.inject(Fault(call=fault, error="internal", times=1))
@@ -294,7 +294,7 @@ async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str
 async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str, fault: str, applied: bool) -> None:
     """Finished or taken back, and journal, definition and guest agree in any case."""
     data, power = VERBS[verb]
-    for commits in range(20):
+    for commits in range(ROUNDS):
         instance_id = await prepared(world, verb)
         world.driver.inject(Fault(call=fault, error="internal", times=1))
         world.cut.after(commits, applied=applied)
@@ -319,7 +319,7 @@ async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str,
 
 
 async def test_dies_after_a_cancel(world: World) -> None:
-    for commits in range(8):
+    for commits in range(ROUNDS):
         operation_id, instance_id = new_id(), new_id()
         world.driver.inject(Fault(call="create_storage", hang_s=30, times=1))
         world.send(InstanceCreate(spec=spec("vm")), id=operation_id, instance_id=instance_id)
@@ -378,7 +378,7 @@ async def test_dies_at_every_commit_of_a_failing_export(
 
     monkeypatch.setattr(Slot, "publish", fails)
     instance_id = await world.create("vm")
-    for commits in range(1, 12):
+    for commits in range(1, ROUNDS):
         world.cut.after(commits, applied=applied)
         operation_id = world.send(VERBS["export"][0], instance_id=instance_id)
         died = await world.cut_or_final(operation_id)
