@@ -125,7 +125,7 @@ async def test_life_of_a_container(
     assert (await world.succeed(host, InstanceShow(), guest)).data["result"]["observed"] == "running"
     # Its init must have come as far as its trap before it is asked.
     await asyncio.sleep(1.0)
-    stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest, timeout_s=60)).data["result"]
+    stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest)).data["result"]
     assert (stopped["observed"], stopped["forced"]) == ("stopped", False)
     told = await asyncio.to_thread(story, instances, guest)
     assert told == "up c as 1\nbye\n", "it has a host name and processes of its own"

@@ -34,7 +34,7 @@ UP = "compute-agent guest is up"
 
 
 async def audit(world: World, host: str, *, repair: bool = False) -> dict[str, Any]:
-    return dict((await world.succeed(host, HostAudit(repair=repair), timeout_s=60)).data["result"])
+    return dict((await world.succeed(host, HostAudit(repair=repair))).data["result"])
 
 
 def define(libvirtd: PrivateLibvirtd, folder: Path, document: str) -> None:
@@ -153,7 +153,7 @@ async def test_a_running_guest_is_adopted_undisturbed(
     await agent.restart()
     shown = (await world.succeed(host, InstanceShow(), legacy)).data["result"]
     assert shown["life"]["adopted"]["own_disks"] is False
-    stopped = (await world.succeed(host, InstanceStop(timeout_s=60), legacy, timeout_s=90)).data["result"]
+    stopped = (await world.succeed(host, InstanceStop(timeout_s=60), legacy)).data["result"]
     assert not stopped["forced"], "the guest runs and obeys"
     assert console.read_text(errors="replace").count(UP) == 1
     await world.succeed(host, InstanceDelete(), legacy)
@@ -209,7 +209,7 @@ async def test_drain_under_load(world: World, libvirtd: PrivateLibvirtd) -> None
     running = await world.create(host)
     creates = [await world.send(host, InstanceCreate(spec=spec(one)), one) for one in ids]
     drain = await world.send(host, HostDrain(stop_instances=True, stop_timeout_s=1, at_once=2))
-    done = await world.recorder.wait_final(host, drain, timeout_s=120)
+    done = await world.recorder.wait_final(host, drain)
     assert done.kind == "operation.succeeded", done.data
     # All had ended before the drain did; one whose claim came after it was refused.
     ends = [await world.recorder.wait_final(host, create, timeout_s=1) for create in creates]

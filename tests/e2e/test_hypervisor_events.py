@@ -92,7 +92,7 @@ class Host:
         self.images = images
 
     async def do(self, data: CommandData, instance_id: str) -> dict[str, Any]:
-        return (await self.world.succeed(self.agent.host, data, instance_id, timeout_s=60)).data["result"]
+        return (await self.world.succeed(self.agent.host, data, instance_id)).data["result"]
 
     async def virsh(self, *arguments: str) -> str:
         return await asyncio.to_thread(self.daemon.virsh, *arguments)

@@ -68,7 +68,7 @@ async def test_guests_boot_from_every_format(
     sources = {kind: await asyncio.to_thread(make, kind, bootable.path.resolve(), folder) for kind in KINDS}
 
     async def do(data: Any, instance_id: str | None = None) -> dict[str, Any]:
-        return dict((await world.succeed(agent.host, data, instance_id, timeout_s=120)).data["result"])
+        return dict((await world.succeed(agent.host, data, instance_id)).data["result"])
 
     await do(ImagePrefetch(image=sources["vmdk-zstd"]))
     guests = {kind: str(uuid.uuid4()) for kind in KINDS}

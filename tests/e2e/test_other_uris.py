@@ -83,7 +83,7 @@ async def test_a_guest_boots_in_an_unprivileged_session(
         "unprivileged", root_disk=RootDisk(size_mib=256, image=source), nics=[UserNic(type="user")],
         seed=Seed(user_data="#in a session\n"),
     )  # fmt: skip
-    made = await world.succeed(host, InstanceCreate(spec=wanted), guest, timeout_s=60)
+    made = await world.succeed(host, InstanceCreate(spec=wanted), guest)
     assert made.data["result"]["observed"] == "running"
     async with asyncio.timeout(60):
         # The console has no events.
@@ -96,7 +96,7 @@ async def test_a_guest_boots_in_an_unprivileged_session(
 
     await world.succeed(host, InstancePause(), guest)
     await world.succeed(host, InstanceResume(), guest)
-    stopped = await world.succeed(host, InstanceStop(timeout_s=60), guest, timeout_s=90)
+    stopped = await world.succeed(host, InstanceStop(timeout_s=60), guest)
     assert (stopped.data["result"]["observed"], stopped.data["result"]["forced"]) == ("stopped", False)
     await world.succeed(host, InstanceStart(), guest)
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.crash import agrees
 from support.world import ROUNDS, World, until
-from test_crash_points import agrees
 
 from agent.drivers.fake.settings import Fault
 from agent.handlers import halt
