@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from agent.messages.commands import (
 from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
 from agent.messages.verbs_host import HostAudit, InstanceAdopt
 from devstack.libvirtd import PrivateLibvirtd
+from devstack.process import all_pids
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/usr/lib/libvirt/libvirt_lxc").exists(), reason="libvirt-daemon-driver-lxc is not installed"),
 ]
 
@@ -108,6 +110,15 @@ def story(instances: Path, guest: str) -> str:
     return subprocess.run(["/sbin/debugfs", "-R", "cat /story", str(disk)], check=True, capture_output=True, text=True).stdout
 
 
+def is_up() -> bool:
+    """Whether an init has said that it is up, as the file system that it sees has it."""
+    for pid in all_pids():
+        with suppress(OSError):
+            if "up" in Path(f"/proc/{pid}/root/story").read_text():
+                return True
+    return False
+
+
 async def test_life_of_a_container(
     world: World, agent: AgentProcess, lxc_daemon: PrivateLibvirtd, root_image: ImageSource, instances: Path
 ) -> None:
@@ -124,7 +135,9 @@ async def test_life_of_a_container(
     await agent.restart()
     assert (await world.succeed(host, InstanceShow(), guest)).data["result"]["observed"] == "running"
     # Its init must have come as far as its trap before it is asked.
-    await asyncio.sleep(1.0)
+    async with asyncio.timeout(240):
+        while not await asyncio.to_thread(is_up):
+            await asyncio.sleep(0.05)
     stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest)).data["result"]
     assert (stopped["observed"], stopped["forced"]) == ("stopped", False)
     told = await asyncio.to_thread(story, instances, guest)

@@ -27,7 +27,7 @@ from agent.messages.spec_disks import (
 from devstack.guest_image import COMMAND_LINE, GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 
 def sha256(path: Path) -> str:
@@ -79,7 +79,7 @@ async def test_an_instance_with_disks_of_every_kind(
     guest = str(uuid.uuid4())
     created = await world.succeed(agent.host, InstanceCreate(spec=spec), guest)
     assert created.data["result"]["observed"] == "running"
-    async with asyncio.timeout(180):
+    async with asyncio.timeout(240):
         while True:
             log = (await world.succeed(agent.host, ConsoleLog(max_bytes=65536), guest)).data["result"]["text"]
             if "guest: tick 3" in log:

@@ -28,7 +28,7 @@ from agent.messages.verbs_host import HostAudit, HostDrain, InstanceAdopt
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 UP = "compute-agent guest is up"
 
@@ -127,7 +127,7 @@ async def test_a_running_guest_is_adopted_undisturbed(
         "<sound model='ich6'/></devices></domain>",
     )  # fmt: skip
     libvirtd.virsh("start", legacy)
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         while UP not in (console.read_text(errors="replace") if console.exists() else ""):
             await asyncio.sleep(0.25)
     before = libvirtd.virsh("dumpxml", legacy, "--inactive")

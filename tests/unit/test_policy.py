@@ -156,7 +156,8 @@ async def test_a_crash_loop_backs_off(world: World) -> None:
     await until(lambda: len(started(world, instance_id)) == 4)
     delays = [said["delay_s"] for said in told(world, instance_id)]
     assert delays[0] == 0.0
-    assert [limit - 0.05 < delay <= limit for delay, limit in zip(delays[1:], (0.05, 0.1, 0.2), strict=True)]
+    # What is left of the pause when it is told, which on a slow machine is little.
+    assert all(0.0 <= delay <= limit for delay, limit in zip(delays[1:], (0.05, 0.1, 0.2), strict=True)), delays
     assert [said["attempt"] for said in told(world, instance_id)] == [1, 2, 3, 4]
     assert len({said["operation_id"] for said in told(world, instance_id)}) == 4
 
