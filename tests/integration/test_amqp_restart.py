@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
-from contextlib import Iterator, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Self
 
 import pytest
