@@ -11,13 +11,30 @@ from pathlib import Path
 import pytest
 import structlog
 from blockbuster import BlockBuster
+from hypothesis import HealthCheck, settings
 from support.world import World
 
 from agent import log
 from agent.app import Agent
 from agent.bus.memory import MemoryBroker
 from agent.controller.client import ComputeClient
+from agent.core import runner
 from agent.drivers.fake import FakeDriver
+
+# No test depends on the machine's speed, and a run of the same code finds the same. To look for what no run has found
+# yet: `pytest --hypothesis-profile=search`.
+ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("search", **ANY_SPEED)
+settings.register_profile("same", **ANY_SPEED, derandomize=True)
+settings.load_profile("same")
+
+
+@pytest.fixture
+def unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no operation say that it was accepted because it takes long: what is committed and told is then the same
+    at any speed of the machine.
+    """
+    monkeypatch.setattr(runner, "SILENCE_S", 3600.0)
 
 
 @pytest.fixture
@@ -47,7 +64,7 @@ def no_blocking(logs: io.StringIO) -> Iterator[BlockBuster]:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, no_blocking: BlockBuster) -> AsyncIterator[World]:
+async def world(tmp_path: Path, no_blocking: BlockBuster, unannounced: None) -> AsyncIterator[World]:
     """A world with a running agent on the memory journal."""
     made = await World(tmp_path).open()
     await made.start()
@@ -57,7 +74,7 @@ async def world(tmp_path: Path, no_blocking: BlockBuster) -> AsyncIterator[World
 
 
 @pytest.fixture
-async def sqlite_world(tmp_path: Path, no_blocking: BlockBuster) -> AsyncIterator[World]:
+async def sqlite_world(tmp_path: Path, no_blocking: BlockBuster, unannounced: None) -> AsyncIterator[World]:
     """A world with a running agent on a SQLite journal."""
     made = await World(tmp_path, store="sqlite").open()
     await made.start()

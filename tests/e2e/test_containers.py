@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, UserNic
 from agent.messages.verbs_host import HostAudit, InstanceAdopt
 from agent.messages.verbs_stats import InstanceStats
 from devstack.libvirtd import PrivateLibvirtd
+from devstack.process import all_pids
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/usr/lib/libvirt/libvirt_lxc").exists(), reason="libvirt-daemon-driver-lxc is not installed"),
 ]
 
@@ -113,6 +115,15 @@ async def stats(world: World, host: str, guest: str) -> dict[str, Any]:
     return dict((await world.succeed(host, InstanceStats(), guest)).data["result"])
 
 
+def is_up() -> bool:
+    """Whether an init has said that it is up, as the file system that it sees has it."""
+    for pid in all_pids():
+        with suppress(OSError):
+            if "up" in Path(f"/proc/{pid}/root/story").read_text():
+                return True
+    return False
+
+
 async def test_life_of_a_container(
     world: World, agent: AgentProcess, lxc_daemon: PrivateLibvirtd, root_image: ImageSource, instances: Path
 ) -> None:
@@ -138,8 +149,10 @@ async def test_life_of_a_container(
             await asyncio.sleep(0.2)  # nothing tells of it but another look
     assert (await world.succeed(host, InstanceShow(), guest)).data["result"]["observed"] == "running"
     # Its init must have come as far as its trap before it is asked.
-    await asyncio.sleep(1.0)
-    stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest, timeout_s=60)).data["result"]
+    async with asyncio.timeout(240):
+        while not await asyncio.to_thread(is_up):
+            await asyncio.sleep(0.05)
+    stopped = (await world.succeed(host, InstanceStop(timeout_s=30), guest)).data["result"]
     assert (stopped["observed"], stopped["forced"]) == ("stopped", False)
     idle = await stats(world, host, guest)
     assert (idle["power"], idle["cpu"]) == ("stopped", {"vcpus": 1, "max_vcpus": 1})

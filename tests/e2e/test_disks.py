@@ -27,7 +27,7 @@ from agent.messages.spec_disks import (
 from devstack.guest_image import COMMAND_LINE, GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 
 def sha256(path: Path) -> str:
@@ -77,9 +77,9 @@ async def test_an_instance_with_disks_of_every_kind(
         ),
     )
     guest = str(uuid.uuid4())
-    created = await world.succeed(agent.host, InstanceCreate(spec=spec), guest, timeout_s=120)
+    created = await world.succeed(agent.host, InstanceCreate(spec=spec), guest)
     assert created.data["result"]["observed"] == "running"
-    async with asyncio.timeout(180):
+    async with asyncio.timeout(240):
         while True:
             log = (await world.succeed(agent.host, ConsoleLog(max_bytes=65536), guest)).data["result"]["text"]
             if "guest: tick 3" in log:
@@ -102,10 +102,10 @@ async def test_an_instance_with_disks_of_every_kind(
     assert len(paths) == 5
 
     refused = spec.model_copy(update={"name": "other", "root_disk": RootDisk(size_mib=1, backend="nowhere")})
-    failed = await world.run(agent.host, InstanceCreate(spec=refused), str(uuid.uuid4()), timeout_s=60)
+    failed = await world.run(agent.host, InstanceCreate(spec=refused), str(uuid.uuid4()))
     assert failed.data["error"]["code"] == "unknown_backend"
 
-    await world.succeed(agent.host, InstanceDelete(), guest, timeout_s=60)
+    await world.succeed(agent.host, InstanceDelete(), guest)
     assert libvirtd.virsh("secret-list").split() == []
     for path in (path for path in agent.directory.rglob("*") if path.is_file()):
         assert b"passphrase of this test" not in path.read_bytes()

@@ -24,7 +24,7 @@ from agent.messages.verbs_image import ImageList, ImagePrefetch, ImageRemove, Im
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 UP = "compute-agent guest is up"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -68,7 +68,7 @@ async def test_guests_boot_from_every_format(
     sources = {kind: await asyncio.to_thread(make, kind, bootable.path.resolve(), folder) for kind in KINDS}
 
     async def do(data: Any, instance_id: str | None = None) -> dict[str, Any]:
-        return dict((await world.succeed(agent.host, data, instance_id, timeout_s=120)).data["result"])
+        return dict((await world.succeed(agent.host, data, instance_id)).data["result"])
 
     await do(ImagePrefetch(image=sources["vmdk-zstd"]))
     guests = {kind: str(uuid.uuid4()) for kind in KINDS}
@@ -78,7 +78,7 @@ async def test_guests_boot_from_every_format(
             name=kind, vcpus=1, memory_mib=128, root_disk=RootDisk(size_mib=256, image=sources[kind])
         )
         await do(InstanceCreate(spec=spec), guests[kind])
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(240):
             while UP not in (await do(ConsoleLog(max_bytes=256 * 1024), guests[kind]))["text"]:
                 await asyncio.sleep(0.25)
 

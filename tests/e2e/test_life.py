@@ -8,14 +8,12 @@ import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.agent_process import AgentProcess
 from support.fleet import World
+from support.guests import GUEST_S, UP, Host
 
 from agent.messages.commands import (
-    ConsoleLog,
     HostSetEnabled,
     HostShow,
     InstanceCreate,
@@ -29,58 +27,14 @@ from agent.messages.commands import (
     InstanceStop,
     OperationShow,
 )
-from agent.messages.events import Event
-from agent.messages.spec import BridgeNic, ImageSource, InstanceSpec, NetworkNic, RootDisk, Seed, UserNic
-from agent.messages.verb import CommandData
+from agent.messages.spec import BridgeNic, ImageSource, NetworkNic, Seed, UserNic
 from agent.messages.verbs_stats import InstanceStats
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
-UP = "compute-agent guest is up"
-BOOT_S = 60.0
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1ZgCkP7q9Qz7Zf0a1b2c3d4e5f6g7h8i9j0kLmNoPq someone@example"
-
-
-class Host:
-    """One agent and what a test does with it."""
-
-    def __init__(self, world: World, agent: AgentProcess, source: ImageSource) -> None:
-        self.world = world
-        self.agent = agent
-        self.source = source
-
-    def spec(self, name: str, **changes: Any) -> InstanceSpec:
-        values: dict[str, Any] = {
-            "name": name,
-            "vcpus": 1,
-            "memory_mib": 128,
-            "root_disk": RootDisk(size_mib=256, image=self.source),
-        }
-        return InstanceSpec(**(values | changes))
-
-    async def do(self, data: CommandData, instance_id: str | None = None, timeout_s: float = 90.0) -> dict[str, Any]:
-        event = await self.world.succeed(self.agent.host, data, instance_id, timeout_s=timeout_s)
-        return event.data["result"]
-
-    async def refused(self, data: CommandData, instance_id: str | None = None) -> Event:
-        return await self.world.run(self.agent.host, data, instance_id, timeout_s=60)
-
-    async def create(self, spec: InstanceSpec, **options: Any) -> str:
-        instance_id = str(uuid.uuid4())
-        made = await self.do(InstanceCreate(spec=spec, **options), instance_id)
-        assert made["observed"] == ("running" if options.get("start", True) else "stopped")
-        return instance_id
-
-    async def console(self, instance_id: str, wanted: str, *, times: int = 1) -> str:
-        """Read the console's log until a text has come up so often. The console has no events."""
-        async with asyncio.timeout(BOOT_S):
-            while True:
-                text = (await self.do(ConsoleLog(max_bytes=256 * 1024), instance_id))["text"]
-                if text.count(wanted) >= times:
-                    return text
-                await asyncio.sleep(0.25)
 
 
 @pytest.fixture
@@ -256,7 +210,7 @@ async def _computectl(host: Host, *arguments: str) -> tuple[int, str, str]:
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "COMPUTECTL_AMQP": host.world.broker.url, "COMPUTECTL_HOST": host.agent.host},
     )  # fmt: skip
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(GUEST_S):
         out, err = await process.communicate()
     return process.returncode or 0, out.decode(), err.decode()
 
@@ -264,7 +218,7 @@ async def _computectl(host: Host, *arguments: str) -> tuple[int, str, str]:
 async def test_operations_can_be_looked_up(host: Host) -> None:
     guest = str(uuid.uuid4())
     command_id = await host.world.send(host.agent.host, InstanceCreate(spec=host.spec("known")), guest)
-    await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=60)
+    await host.world.recorder.wait_final(host.agent.host, command_id)
     shown = await host.do(OperationShow(operation_id=command_id))
     assert shown["state"] == "succeeded"
     assert [step["name"] for step in shown["steps"]] == ["claim", "image", "storage", "define", "start"]

@@ -8,18 +8,16 @@ import os
 import re
 import sqlite3
 import struct
-import uuid
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.agent_process import AgentProcess
+from support import guests
 from support.fleet import World
+from support.guests import GUEST_S, UP
 
 from agent.messages.commands import (
-    ConsoleLog,
-    InstanceCreate,
     InstanceDelete,
     InstancePause,
     InstanceReboot,
@@ -29,7 +27,7 @@ from agent.messages.commands import (
     OperationCancel,
 )
 from agent.messages.events import Event
-from agent.messages.spec import ImageSource, InstanceSpec, RootDisk, Seed
+from agent.messages.spec import ImageSource, RootDisk, Seed
 from agent.messages.spec_policy import Policy
 from agent.messages.verb import CommandData
 from agent.messages.verbs_memory import (
@@ -42,52 +40,26 @@ from agent.messages.verbs_memory import (
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
-UP = "compute-agent guest is up"
-BOOT_S = 90.0
 MEMORY_MIB = 112
 
 
-class Host:
-    """One agent and what a test does with it."""
+class Host(guests.Host):
+    """A host whose guests talk, are saved and dumped."""
 
-    def __init__(self, world: World, agent: AgentProcess, source: ImageSource) -> None:
-        self.world = world
-        self.agent = agent
-        self.source = source
+    async def code(self, data: CommandData, instance_id: str) -> str:
+        """The code that a command is refused with."""
+        return str((await self.refused(data, instance_id)).data["error"]["code"])
 
-    async def do(self, data: CommandData, instance_id: str | None = None) -> dict[str, Any]:
-        return (await self.world.succeed(self.agent.host, data, instance_id, timeout_s=90)).data["result"]
-
-    async def refused(self, data: CommandData, instance_id: str) -> str:
-        event = await self.world.run(self.agent.host, data, instance_id, timeout_s=60)
-        return str(event.data["error"]["code"])
-
-    async def create(self, name: str, acts: str = "", **changes: Any) -> str:
-        instance_id = str(uuid.uuid4())
-        values: dict[str, Any] = {
-            "name": name,
-            "vcpus": 1,
-            "memory_mib": MEMORY_MIB,
-            "root_disk": RootDisk(size_mib=256, image=self.source),
-            "seed": Seed(user_data=f"#cloud-config\n{acts}\n"),
-        }
-        await self.do(InstanceCreate(spec=InstanceSpec(**(values | changes))), instance_id)
-        return instance_id
-
-    async def console(self, instance_id: str, wanted: str, *, times: int = 1) -> str:
-        """Read the console's log until a text has come up so often. The console has no events."""
-        async with asyncio.timeout(BOOT_S):
-            while True:
-                text = (await self.do(ConsoleLog(max_bytes=256 * 1024), instance_id))["text"]
-                if len(re.findall(wanted, text)) >= times:
-                    return str(text)
-                await asyncio.sleep(0.25)
+    async def guest(self, name: str, acts: str = "", **changes: Any) -> str:
+        """Make a guest that does something by itself."""
+        seed = {"seed": Seed(user_data=f"#cloud-config\n{acts}\n"), "memory_mib": MEMORY_MIB}
+        return await self.create(self.spec(name, **(seed | changes)))
 
     async def state(self, instance_id: str, observed: str, since: int) -> Event:
         return await self.world.recorder.wait_for(
-            self.agent.host, "instance.state", timeout_s=60, since=since,
+            self.agent.host, "instance.state", timeout_s=GUEST_S, since=since,
             where=lambda event: event.subject == instance_id and event.data["observed"] == observed,
         )  # fmt: skip
 
@@ -103,9 +75,9 @@ class Host:
 
     async def policy(self, instance_id: str, since: int = 0) -> dict[str, Any]:
         event = await self.world.recorder.wait_for(
-            self.agent.host, "instance.policy", timeout_s=60, since=since, where=lambda e: e.subject == instance_id
+            self.agent.host, "instance.policy", timeout_s=GUEST_S, since=since, where=lambda e: e.subject == instance_id
         )
-        await self.world.recorder.wait_final(self.agent.host, event.data["operation_id"], timeout_s=60)
+        await self.world.recorder.wait_final(self.agent.host, event.data["operation_id"], timeout_s=GUEST_S)
         return event.data
 
 
@@ -122,15 +94,15 @@ def last_word(text: str) -> int:
 
 async def test_a_suspended_guest_goes_on_where_it_was(host: Host, libvirtd: PrivateLibvirtd) -> None:
     """Agent and libvirtd are both restarted in between; the guest notices nothing."""
-    guest = await host.create("saved", "guest-act: 1 talk")
+    guest = await host.guest("saved", "guest-act: 1 talk")
     await host.console(guest, "guest: word 2")
     result = await host.do(InstanceSuspend(), guest)
     assert (result["observed"], result["changed"]) == ("suspended", True)
     assert "saved" not in await asyncio.to_thread(libvirtd.qemu_pids)
     assert not (await host.do(InstanceSuspend(), guest))["changed"]
-    assert await host.refused(InstanceStop(), guest) == "instance_suspended"
-    assert await host.refused(InstanceReboot(), guest) == "instance_suspended"
-    assert await host.refused(InstanceReset(), guest) == "instance_not_running"
+    assert await host.code(InstanceStop(), guest) == "instance_suspended"
+    assert await host.code(InstanceReboot(), guest) == "instance_suspended"
+    assert await host.code(InstanceReset(), guest) == "instance_not_running"
     before = last_word(await host.console(guest, "word"))
     await host.agent.stop()
     await asyncio.to_thread(libvirtd.kill_daemon)
@@ -145,7 +117,7 @@ async def test_a_suspended_guest_goes_on_where_it_was(host: Host, libvirtd: Priv
     command_id = await host.world.send(host.agent.host, InstanceSuspend(), guest)
     await host.state(guest, "paused", mark)
     cancel = await host.world.run(host.agent.host, OperationCancel(operation_id=command_id))
-    final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=60)
+    final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=GUEST_S)
     if cancel.kind == "operation.succeeded":  # on a very slow host it comes after the end
         assert final.kind == "operation.cancelled"
     else:
@@ -171,7 +143,7 @@ async def test_a_suspended_guest_goes_on_where_it_was(host: Host, libvirtd: Priv
 
 async def test_death_in_the_middle_of_a_suspend(host: Host, libvirtd: PrivateLibvirtd) -> None:
     """The agent's, before and after the saving, and libvirtd's while it saves: the guest loses nothing."""
-    guest = await host.create("cut-off", "guest-act: 1 talk")
+    guest = await host.guest("cut-off", "guest-act: 1 talk")
     await host.console(guest, "guest: word 1")
     for where in ("before", "after"):
         await host.agent.stop()
@@ -179,7 +151,7 @@ async def test_death_in_the_middle_of_a_suspend(host: Host, libvirtd: PrivateLib
         command_id = await host.world.send(host.agent.host, InstanceSuspend(), guest)
         await host.agent.wait_ended()
         await host.agent.start()
-        final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=60)
+        final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=GUEST_S)
         assert (final.kind, final.data["result"]["observed"]) == ("operation.succeeded", "suspended")
         await host.do(InstanceResume(), guest)
     mark = host.world.recorder.mark
@@ -188,7 +160,7 @@ async def test_death_in_the_middle_of_a_suspend(host: Host, libvirtd: PrivateLib
     await asyncio.to_thread(libvirtd.kill_daemon)
     # What it left half written is no saved memory; the guest lives on, and is saved by the next try.
     await asyncio.to_thread(libvirtd.start_daemon)
-    final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=90)
+    final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=GUEST_S)
     assert (final.kind, final.data["result"]["observed"]) == ("operation.succeeded", "suspended")
     await host.do(InstanceResume(), guest)
     await host.went_on(guest, last_word(await host.console(guest, "word")) + 2)
@@ -200,7 +172,7 @@ async def test_death_in_the_middle_of_a_suspend(host: Host, libvirtd: PrivateLib
     for damaged in (b"LibvirtQemudPart" + whole[16:], b"no libvirt image" + whole[16:], whole[: len(whole) // 2]):
         image.write_bytes(damaged)
         for command in (InstanceResume(), InstanceStart()):
-            assert await host.refused(command, guest) == "saved_state_damaged"
+            assert await host.code(command, guest) == "saved_state_damaged"
             assert image.read_bytes() == damaged
     assert (await host.do(InstanceStart(discard_saved=True), guest))["observed"] == "running"
     await host.console(guest, UP, times=2)
@@ -209,7 +181,7 @@ async def test_death_in_the_middle_of_a_suspend(host: Host, libvirtd: PrivateLib
 
 
 async def test_buttons_and_dumps(host: Host, libvirtd: PrivateLibvirtd) -> None:
-    guest = await host.create("buttons")
+    guest = await host.guest("buttons")
     await host.console(guest, "guest: tick 1")
     await host.do(InstanceTriggerCrashDump(), guest)
     await host.console(guest, "NMI received for unknown reason")
@@ -234,7 +206,7 @@ async def test_buttons_and_dumps(host: Host, libvirtd: PrivateLibvirtd) -> None:
         command_id = await host.world.send(host.agent.host, InstanceMemoryDump(), guest)
         await host.agent.wait_ended()
         await host.agent.start()
-        final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=60)
+        final = await host.world.recorder.wait_final(host.agent.host, command_id, timeout_s=GUEST_S)
         path = Path(final.data["result"]["path"])
         assert list(path.parent.iterdir()) == [path]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == final.data["result"]["sha256"]
@@ -248,7 +220,7 @@ async def test_buttons_and_dumps(host: Host, libvirtd: PrivateLibvirtd) -> None:
     assert (await asyncio.to_thread(libvirtd.qemu_pids))["buttons"] == pid
     await host.do(InstanceStop(force=True), guest)
     for command in (InstanceReset(), InstanceTriggerCrashDump(), InstanceMemoryDump(), InstanceSuspend()):
-        assert await host.refused(command, guest) == "instance_not_running"
+        assert await host.code(command, guest) == "instance_not_running"
     await host.do(InstanceDelete(), guest)
     await host.world.judge(host.agent, (), libvirtd)
 
@@ -256,7 +228,7 @@ async def test_buttons_and_dumps(host: Host, libvirtd: PrivateLibvirtd) -> None:
 async def test_guests_that_end_by_themselves_come_back(host: Host, libvirtd: PrivateLibvirtd) -> None:
     """One powers itself off, one panics: each is told for what it was, and boots again."""
     restart = Policy(on_stop="restart", on_crash="restart")
-    leaver = await host.create("leaver", "guest-act: 1 poweroff", policy=restart)
+    leaver = await host.guest("leaver", "guest-act: 1 poweroff", policy=restart)
     said = await host.policy(leaver)
     assert (said["cause"], said["attempt"]) == ("on-stop", 1)
     stopped = [
@@ -264,7 +236,7 @@ async def test_guests_that_end_by_themselves_come_back(host: Host, libvirtd: Pri
     ]
     assert [(e["observed"], e["reason"]) for e in stopped if e["observed"] == "stopped"] == [("stopped", "shutdown")]
 
-    panicker = await host.create("panicker", "guest-act: 1 panic", policy=restart)
+    panicker = await host.guest("panicker", "guest-act: 1 panic", policy=restart)
     crashed = await host.state(panicker, "crashed", 0)
     assert crashed.data["reason"] in ("panicked", "crashed")
     said = await host.policy(panicker)
@@ -292,8 +264,8 @@ async def test_guests_come_back_after_a_host_boot(host: Host, libvirtd: PrivateL
     """The boot is told by the kernel's boot id, which the journal keeps; a restart of the agent starts nothing."""
     # Nothing boots from an empty disk; that their QEMUs run is what counts here.
     empty: dict[str, Any] = {"root_disk": RootDisk(size_mib=1), "memory_mib": 32, "seed": None}
-    ran = await host.create("ran", **empty)
-    stays = await host.create("stays", policy=Policy(on_host_boot="stay-stopped"), **empty)
+    ran = await host.guest("ran", **empty)
+    stays = await host.guest("stays", policy=Policy(on_host_boot="stay-stopped"), **empty)
     for boot in (False, True):
         await host.agent.stop()
         for name in ("ran", "stays"):

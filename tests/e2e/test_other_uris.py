@@ -32,7 +32,7 @@ from agent.messages.verb import CommandData
 from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd, PrivateSessionLibvirtd
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
 UP = "compute-agent guest is up"
 TEST_DOMAIN = "6695eb01-f6a4-8304-79aa-97f2502e193f"
@@ -83,9 +83,9 @@ async def test_a_guest_boots_in_an_unprivileged_session(
         "unprivileged", root_disk=RootDisk(size_mib=256, image=source), nics=[UserNic(type="user")],
         seed=Seed(user_data="#in a session\n"),
     )  # fmt: skip
-    made = await world.succeed(host, InstanceCreate(spec=wanted), guest, timeout_s=60)
+    made = await world.succeed(host, InstanceCreate(spec=wanted), guest)
     assert made.data["result"]["observed"] == "running"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         # The console has no events.
         while "seed: user-data-first-line=" not in (text := (await world.succeed(host, ConsoleLog(), guest)).data["result"]["text"]):
             await asyncio.sleep(0.25)
@@ -96,7 +96,7 @@ async def test_a_guest_boots_in_an_unprivileged_session(
 
     await world.succeed(host, InstancePause(), guest)
     await world.succeed(host, InstanceResume(), guest)
-    stopped = await world.succeed(host, InstanceStop(timeout_s=60), guest, timeout_s=90)
+    stopped = await world.succeed(host, InstanceStop(timeout_s=60), guest)
     assert (stopped.data["result"]["observed"], stopped.data["result"]["forced"]) == ("stopped", False)
     await world.succeed(host, InstanceStart(), guest)
 

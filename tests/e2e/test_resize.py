@@ -11,18 +11,18 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from support import guests
 from support.agent_process import AgentProcess
 from support.fleet import World
+from support.guests import GUEST_S
 
 from agent.messages.commands import (
-    ConsoleLog,
     InstanceCreate,
     InstanceDelete,
     InstanceShow,
     InstanceStop,
     OperationCancel,
 )
-from agent.messages.events import Event
 from agent.messages.spec import ImageSource, InstanceSpec, NetworkNic, RootDisk, UserNic
 from agent.messages.spec_limits import CpuLimits, DiskLimits, NicLimits
 from agent.messages.verb import CommandData
@@ -38,48 +38,20 @@ from devstack.guest_image import GuestImage
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.process import DevstackError
 
-pytestmark = [pytest.mark.qemu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(900)]
 
-BOOT_S = 150.0
 MIB_SECTORS = 2048
 
 
-class Host:
-    """One agent, its libvirtd, and a guest."""
+class Host(guests.Host):
+    """A host and its libvirtd, whose guests say what they see."""
 
     def __init__(self, world: World, libvirtd: PrivateLibvirtd, agent: AgentProcess, source: ImageSource) -> None:
-        self.world = world
+        super().__init__(world, agent, source)
         self.libvirtd = libvirtd
-        self.agent = agent
-        self.source = source
 
     def spec(self, name: str, **changes: Any) -> InstanceSpec:
-        values: dict[str, Any] = {
-            "name": name, "vcpus": 1, "memory_mib": 128, "root_disk": RootDisk(size_mib=128, image=self.source),
-        }  # fmt: skip
-        return InstanceSpec(**(values | changes))
-
-    async def do(self, data: CommandData, instance_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
-        return (await self.world.succeed(self.agent.host, data, instance_id, timeout_s=timeout_s)).data["result"]
-
-    async def not_done(self, data: CommandData, instance_id: str) -> Event:
-        done = await self.world.run(self.agent.host, data, instance_id, timeout_s=120)
-        assert done.kind != "operation.succeeded", done.data
-        return done
-
-    async def create(self, spec: InstanceSpec, **options: Any) -> str:
-        instance_id = str(uuid.uuid4())
-        await self.do(InstanceCreate(spec=spec, **options), instance_id)
-        return instance_id
-
-    async def console(self, instance_id: str, wanted: str, *, after: int = 0) -> int:
-        """Wait until a pattern comes up on the console behind a position; the position behind it."""
-        async with asyncio.timeout(BOOT_S):
-            while True:
-                text = (await self.do(ConsoleLog(max_bytes=256 * 1024), instance_id))["text"]
-                if found := re.search(wanted, text[after:]):
-                    return after + found.end()
-                await asyncio.sleep(0.25)
+        return super().spec(name, **({"root_disk": RootDisk(size_mib=128, image=self.source)} | changes))
 
     async def sees(
         self, instance_id: str, *, vcpus: int | None = None, memory: tuple[int, int] | None = None,
@@ -87,10 +59,10 @@ class Host:
     ) -> int:  # fmt: skip
         """Wait until the guest says that it has this; `memory` in MiB, since the kernel keeps some for itself."""
         position = after
-        async with asyncio.timeout(BOOT_S):
+        async with asyncio.timeout(GUEST_S):
             while True:
-                position = await self.console(instance_id, r"guest: vcpus=\d+ memory_kib=\d+ disk_sectors=\d+", after=position)
-                text = (await self.do(ConsoleLog(max_bytes=256 * 1024), instance_id))["text"]
+                position = await self.position(instance_id, r"guest: vcpus=\d+ memory_kib=\d+ disk_sectors=\d+", after=position)
+                text = await self.said(instance_id)
                 said = [int(number) for number in re.findall(r"=(\d+)", text[:position].splitlines()[-1])]
                 if (
                     vcpus in (None, said[0])
@@ -108,9 +80,9 @@ class Host:
         await self.agent.stop()
         await self.agent.start(failpoint=failpoint)
         command = await self.world.send(self.agent.host, data, instance_id)
-        assert await self.agent.wait_ended(90.0) == -9, "the failpoint was never reached"
+        assert await self.agent.wait_ended(GUEST_S) == -9, "the failpoint was never reached"
         await self.agent.start()
-        done = await self.world.recorder.wait_final(self.agent.host, command, timeout_s=120)
+        done = await self.world.recorder.wait_final(self.agent.host, command, timeout_s=GUEST_S)
         assert done.kind == "operation.succeeded", done.data
         return done.data["result"]
 
@@ -127,12 +99,12 @@ async def host(world: World, libvirtd: PrivateLibvirtd, source: ImageSource, boo
 async def test_cold(host: Host) -> None:
     guest = await host.create(host.spec("cold"))
     at = await host.sees(guest, vcpus=1, memory=(32, 110), disk_mib=128)
-    await host.console(guest, "guest: tick 1", after=at)  # from now on it hears the power button
+    await host.console(guest, "guest: boots=1", after=at)
 
     done = await host.do(InstanceResize(vcpus=2, memory_mib=192, disks_mib={"root": 160}), guest)
     assert (done["observed"], done["pending"], done["forced"]) == ("running", True, False)
     at = await host.sees(guest, vcpus=2, memory=(90, 180), disk_mib=160, after=at)
-    await host.console(guest, "guest: tick 1", after=at)
+    await host.console(guest, "guest: boots=2", after=at)
 
     done = await host.do(InstanceRevertResize(), guest)
     assert (done["vcpus"], done["memory_mib"], done["disks_mib"], done["forced"]) == (1, 128, {"root": 160}, False)
@@ -152,7 +124,7 @@ async def test_cold(host: Host) -> None:
     assert "life" not in shown
     assert shown["spec"]["vcpus"] == 2
     assert shown["observed"] == "stopped"
-    refusal = await host.not_done(InstanceConfirmResize(), guest)
+    refusal = await host.refused(InstanceConfirmResize(), guest)
     assert refusal.data["error"]["code"] == "no_resize_pending"
     await host.do(InstanceDelete(), guest)
 
@@ -178,7 +150,7 @@ async def test_cancelled_while_the_guest_does_not_shut_down(host: Host) -> None:
         host.agent.host, "operation.started", where=lambda e: e.data["operation_id"] == command
     )
     await host.world.succeed(host.agent.host, OperationCancel(operation_id=command))
-    done = await host.world.recorder.wait_final(host.agent.host, command, timeout_s=120)
+    done = await host.world.recorder.wait_final(host.agent.host, command, timeout_s=GUEST_S)
     assert done.kind == "operation.cancelled", done.data
     for inactive in (False, True):
         assert (await host.xml(guest, inactive=inactive)).findtext("vcpu") == "1"
@@ -205,9 +177,9 @@ async def test_live(host: Host) -> None:
     at = await host.sees(guest, memory=(128, 256), after=at)
     await _agrees(host, guest, vcpus=2, memory_mib=256)
 
-    refused = await host.not_done(InstanceResize(mode="live", vcpus=1, timeout_s=1), guest)
+    refused = await host.refused(InstanceResize(mode="live", vcpus=1, timeout_s=1), guest)
     assert refused.data["error"]["code"] == "vcpu_unplug_unsafe"
-    refused = await host.not_done(InstanceResize(mode="live", memory_mib=64), guest)
+    refused = await host.refused(InstanceResize(mode="live", memory_mib=64), guest)
     assert refused.data["error"]["code"] == "below_boot_memory"
     await _agrees(host, guest, vcpus=2, memory_mib=256)
 
@@ -216,7 +188,7 @@ async def test_live(host: Host) -> None:
     stats = await asyncio.to_thread(host.libvirtd.virsh, "dommemstat", guest)
     assert f"actual {(224 - 128) * 1024}" in stats  # libvirt tells it without the plugged memory
     await host.sees(guest, memory=(96, 224), after=at)
-    refused = await host.not_done(InstanceSetMemoryTarget(memory_mib=100), guest)
+    refused = await host.refused(InstanceSetMemoryTarget(memory_mib=100), guest)
     assert refused.data["error"]["code"] == "failed_precondition"
 
     await host.do(InstanceDelete(), guest)
@@ -237,7 +209,7 @@ async def _agrees(host: Host, guest: str, *, vcpus: int, memory_mib: int) -> Non
 async def test_a_guest_without_the_driver_takes_no_memory(host: Host) -> None:
     """Nothing boots from an empty disk, so nobody takes what is plugged in: read back, and taken back."""
     guest = await host.create(host.spec("deaf", root_disk=RootDisk(size_mib=16), max_memory_mib=256))
-    refused = await host.not_done(InstanceResize(mode="live", memory_mib=256, timeout_s=1), guest)
+    refused = await host.refused(InstanceResize(mode="live", memory_mib=256, timeout_s=1), guest)
     assert refused.data["error"]["code"] == "guest_refused"
     assert refused.data["error"]["details"] == {"resource": "memory_mib", "asked": 256, "read_back": 128}
     assert refused.data["undone"]
@@ -283,19 +255,19 @@ async def test_limits(
                 assert root.find("devices/interface/bandwidth/inbound").get("average") == "1000"
             await host.do(InstanceSetLimits(nics=[NicLimitsChange(nic=0)]), guest)
         else:
-            refused = await host.not_done(shape, guest)
+            refused = await host.refused(shape, guest)
             assert (refused.data["error"]["code"], refused.data["undone"]) == ("nic_limits_failed", True)
         for root in (await host.xml(guest), await host.xml(guest, inactive=True)):
             assert root.find("devices/interface/bandwidth/inbound") is None
 
         # The private daemon has no control groups: refused by name, and nothing is left of it.
-        refused = await host.not_done(InstanceSetLimits(cpu=CpuLimits(shares=512)), guest)
+        refused = await host.refused(InstanceSetLimits(cpu=CpuLimits(shares=512)), guest)
         assert refused.data["error"]["code"] == "cpu_limits_unavailable"
         assert (await host.xml(guest, inactive=True)).find("cputune") is None
-        refused = await host.not_done(InstanceSetLimits(nics=[NicLimitsChange(nic=1, limits=slow)]), guest)
+        refused = await host.refused(InstanceSetLimits(nics=[NicLimitsChange(nic=1, limits=slow)]), guest)
         assert refused.data["error"]["code"] == "nic_limits_unsupported"
         bad = host.spec("bad", root_disk=RootDisk(size_mib=16), nics=[UserNic(type="user", limits=slow)])
-        other = await host.not_done(InstanceCreate(spec=bad), str(uuid.uuid4()))
+        other = await host.refused(InstanceCreate(spec=bad), str(uuid.uuid4()))
         assert other.data["error"]["message"] == refused.data["error"]["message"]
 
         # What does not run takes all of it into its definition.

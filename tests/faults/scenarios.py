@@ -58,7 +58,7 @@ class Stage:
     """QEMU, and not the simulation."""
 
     async def do(self, data: CommandData, instance_id: str) -> None:
-        await self.world.succeed(self.host, data, instance_id, timeout_s=60)
+        await self.world.succeed(self.host, data, instance_id)
 
 
 Prepare = Callable[[Stage], Awaitable[str]]

@@ -17,7 +17,7 @@ EXIT_CONFIG = 3
 
 
 async def test_sigterm_lets_running_work_end(world: World) -> None:
-    agent = await world.fake_agent(driver_settings={"latency_s": {"define": 1.0}})
+    agent = await world.fake_agent(driver_settings={"latency_s": {"define": 3.0}})
     await agent.start()
     one, other = str(uuid.uuid4()), str(uuid.uuid4())
     running = await world.send(agent.host, InstanceCreate(spec=spec(one)), one, progress=True)
@@ -50,7 +50,7 @@ async def test_drain_has_a_limit(world: World) -> None:
     instance_id = str(uuid.uuid4())
     command = await world.send(agent.host, InstanceCreate(spec=spec(instance_id)), instance_id, progress=True)
     await world.recorder.wait_for(agent.host, "operation.progress", where=lambda event: event.data["phase"] == "define")
-    assert await agent.stop(timeout_s=15) == 0
+    assert await agent.stop(timeout_s=50) == 0
     assert agent.log("agent.stopped", drained=False)
     faults.unlink()
     await agent.start()
@@ -83,11 +83,11 @@ async def test_second_agent_of_a_host_stands_by(world: World) -> None:
     await first.start()
     await second.start()
     one = await world.create(first.host)
-    assert first.log("message.done", instance=one)
+    await first.wait_log("message.done", instance=one)
     assert not second.log("message.done")
     await first.kill()
     two = await world.create(first.host)
-    assert second.log("message.done", instance=two)
+    await second.wait_log("message.done", instance=two)
     world.recorder.check(first.host, world.sent[first.host])
 
 

@@ -57,7 +57,7 @@ async def test_steps_are_as_listed(
     stage = Stage(world, agent.host, image, real=hypervisor is not None)
     instance_id = await scenario.prepare(stage)
     command = await world.send(agent.host, scenario.ask(stage), instance_id)
-    final = await world.recorder.wait_final(agent.host, command, timeout_s=60)
+    final = await world.recorder.wait_final(agent.host, command)
     assert final.kind == "operation.succeeded", describe(final)
     shown = await world.succeed(agent.host, OperationShow(operation_id=command))
     assert tuple(step["name"] for step in shown.data["result"]["steps"]) == scenario.steps
@@ -77,15 +77,15 @@ async def test_killed(
     await agent.stop()
     await agent.start(failpoint=f"{scenario.verb}:{point}")
     command = await world.send(agent.host, scenario.ask(stage), instance_id)
-    assert await agent.wait_ended(60.0) == -9, "the failpoint was never reached"
+    assert await agent.wait_ended() == -9, "the failpoint was never reached"
 
     await agent.start()
-    final = await world.recorder.wait_final(agent.host, command, timeout_s=60)
+    final = await world.recorder.wait_final(agent.host, command)
     assert final.kind in scenario.ends, describe(final)
     await world.settle(agent.host)
     assert agent.alive
     known = world.recorder.events(agent.host, "instance.removed")
     if not known:
         await world.judge(agent, [instance_id], hypervisor)
-        await world.succeed(agent.host, InstanceDelete(), instance_id, timeout_s=60)
+        await world.succeed(agent.host, InstanceDelete(), instance_id)
     await world.judge(agent, [], hypervisor)

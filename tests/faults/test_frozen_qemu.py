@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import pytest
 from support.fleet import World
@@ -24,7 +23,7 @@ from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = pytest.mark.qemu
 
-MUTATE_S = 3.0
+MUTATE_S = 5.0
 
 
 async def test_frozen_qemu_beside_healthy_ones(world: World, libvirtd: PrivateLibvirtd) -> None:
@@ -35,40 +34,27 @@ async def test_frozen_qemu_beside_healthy_ones(world: World, libvirtd: PrivateLi
     pids = await asyncio.to_thread(libvirtd.qemu_pids)
     pid = pids[f"i-{frozen[:8]}"]
 
-    async def exercise() -> float:
-        """The slowest of some commands on the healthy ones and on the host."""
-        slowest = 0.0
-        for instance_id in healthy:
-            for data in (InstancePause(), InstanceShow(), InstanceResume()):
-                begin = time.monotonic()
-                await world.succeed(host, data, instance_id)
-                slowest = max(slowest, time.monotonic() - begin)
-        for data in (InstanceList(), HostPing(), HostShow()):
-            begin = time.monotonic()
-            await world.succeed(host, data)
-            slowest = max(slowest, time.monotonic() - begin)
-        return slowest
+    async def exercise() -> list[int]:
+        """Some commands on the healthy ones and on the host, which all succeed; the sequence of their final events."""
+        asked = [(data, one) for one in healthy for data in (InstancePause(), InstanceShow(), InstanceResume())]
+        asked += [(data, None) for data in (InstanceList(), HostPing(), HostShow())]
+        return [(await world.succeed(host, data, one)).sequence for data, one in asked]
 
-    before = await exercise()
     os.kill(pid, signal.SIGSTOP)
     try:
-        begin = time.monotonic()
         stuck = await world.send(host, InstancePause(), frozen)
         behind = await world.send(host, InstanceResume(), frozen)
         during = await exercise()
-        assert during < max(1.0, 3 * before), f"slowest command {during:.2f} s, without the frozen QEMU {before:.2f} s"
 
         final = await recorder.wait_final(host, stuck)
-        took = time.monotonic() - begin
         assert (final.kind, final.data["error"]["code"]) == ("operation.failed", "deadline_exceeded"), describe(final)
         assert final.data["error"]["retryable"]
-        assert took < MUTATE_S + 3, f"the deadline of {MUTATE_S} s came after {took:.1f} s"
+        assert during[0] < final.sequence, "nobody waited for the frozen one"
 
         # The thread hangs on; it is replaced, counted and told.
         await recorder.heartbeat(host, where=lambda beat: beat.stuck_threads == 1 and "driver-threads" in beat.conditions)
         await agent.wait_log("lane.blocked", lane=frozen)
-        during = await exercise()
-        assert during < max(1.0, 3 * before), f"slowest command {during:.2f} s, without the frozen QEMU {before:.2f} s"
+        await exercise()
         # Its lane waits: the late call may still take effect.
         assert behind not in recorder.finals(host)
     finally:

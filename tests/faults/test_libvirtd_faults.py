@@ -26,7 +26,7 @@ from devstack.libvirtd import PrivateLibvirtd
 
 pytestmark = pytest.mark.qemu
 
-RECONNECT_S = 1.5
+RECONNECT_S = 5.0
 
 
 @pytest.fixture
@@ -59,28 +59,29 @@ async def test_libvirtd_away_and_back(world: World, agent: AgentProcess, libvirt
     for _ in range(2):
         beat = await recorder.heartbeat(host, where=lambda beat: not beat.hypervisor_connected)
         assert (beat.healthy, beat.instances, "hypervisor" in beat.conditions) == (False, {"unknown": 2}, True), beat
-    status, text = await agent.get("/readyz")
-    assert (status, "hypervisor:" in text) == (503, True), text
+    assert "hypervisor:" in await agent.answers("/readyz", 503)
     shown = await world.succeed(host, InstanceShow(), running)
     assert shown.data["result"]["observed"] == "unknown"
     listed = await world.succeed(host, InstanceList())
     assert [view["observed"] for view in listed.data["result"]["instances"]] == ["unknown", "unknown"]
     # A command waits for the hypervisor as long as it may, and then says that a retry can help.
-    failed = await world.run(host, InstancePause(), running, timeout_s=3 * RECONNECT_S + 5)
+    failed = await world.run(host, InstancePause(), running)
     assert failed.kind in ("operation.failed", "operation.rejected"), describe(failed)
     assert (failed.data["error"]["code"], failed.data["error"]["retryable"]) == ("hypervisor_unreachable", True)
 
     # One that is still waiting when the hypervisor comes back is carried out.
     mark = recorder.mark
+    # It must come back while the command waits for it: its start begins at once.
+    starting = asyncio.create_task(asyncio.to_thread(libvirtd.start_daemon))
     waiting = await world.send(host, InstanceResume(), paused)
     await world.succeed(host, HostPing())
-    await asyncio.to_thread(libvirtd.start_daemon)
+    await starting
     await recorder.wait_for(host, "host.hypervisor", since=mark, where=lambda event: event.data["connected"])
     await observed(world, host, running, "running", since=mark, resync=True)
     final = await recorder.wait_final(host, waiting)
     assert final.kind == "operation.succeeded", describe(final)
     await recorder.heartbeat(host, where=lambda beat: beat.healthy and beat.instances == {"running": 2})
-    assert (await agent.get("/readyz"))[0] == 200
+    await agent.answers("/readyz", 200)
     assert await asyncio.to_thread(libvirtd.qemu_pids) == guests
     await world.judge(agent, [running, paused], libvirtd)
 
@@ -121,7 +122,7 @@ async def test_libvirtd_restarts_during_creates(
     assert len(made) >= len(ids) - 1, [describe(event) for event in finals.values()]
     await world.judge(agent, made, libvirtd)
     for instance in made:
-        final = await world.run(agent.host, InstanceDelete(), instance, timeout_s=45)
+        final = await world.run(agent.host, InstanceDelete(), instance)
         if final.kind != "operation.succeeded":
             await free_of_a_lost_start(world, agent, libvirtd, instance, final)
     await world.judge(agent, [], libvirtd)
@@ -157,17 +158,17 @@ async def test_frozen_libvirtd_does_not_stop_the_heart(
     await asyncio.to_thread(libvirtd.pause_daemon)
     try:
         for _ in range(4):
-            await world.recorder.heartbeat(host, timeout_s=4, where=lambda _beat: True)
+            await world.recorder.heartbeat(host, where=lambda _beat: True)
         await world.recorder.heartbeat(host, where=lambda beat: not beat.healthy and "capacity" in beat.conditions)
-        await world.succeed(host, HostPing(), timeout_s=3)
-        await world.succeed(host, InstanceList(), timeout_s=3)
+        await world.succeed(host, HostPing())
+        await world.succeed(host, InstanceList())
         assert (await agent.get("/livez"))[0] == 200
-        late = await world.run(host, InstancePause(), instance_id, timeout_s=15)
+        late = await world.run(host, InstancePause(), instance_id)
         assert late.data["error"]["code"] in ("deadline_exceeded", "hypervisor_unreachable"), describe(late)
         assert late.data["error"]["retryable"], describe(late)
     finally:
         await asyncio.to_thread(libvirtd.unpause_daemon)
-    await world.recorder.heartbeat(host, timeout_s=40, where=lambda beat: beat.healthy)
+    await world.recorder.heartbeat(host, where=lambda beat: beat.healthy)
     assert await asyncio.to_thread(libvirtd.qemu_pids) == guests
     await world.succeed(host, InstanceResume(), instance_id)
     await world.judge(agent, [instance_id], libvirtd)

@@ -12,6 +12,7 @@ from support.agent_process import AgentProcess
 from support.fleet import World
 from support.recorder import describe
 
+from agent.controller.failures import FINAL_KINDS
 from agent.messages.commands import InstanceDelete, InstanceShow, OperationCancel
 from agent.messages.spec import RootDisk
 from agent.messages.verb import CommandData
@@ -43,12 +44,12 @@ class Bench:
         await self.agent.stop()
         await self.agent.start(failpoint=f"{data.verb}:{point}")
         command = await self.world.send(self.agent.host, data, instance_id)
-        assert await self.agent.wait_ended(30.0) == -9, "the failpoint was never reached"
+        assert await self.agent.wait_ended() == -9, "the failpoint was never reached"
         await self.agent.start()
         return command
 
     async def succeeded(self, command: str) -> dict[str, object]:
-        final = await self.world.recorder.wait_final(self.agent.host, command, timeout_s=60)
+        final = await self.world.recorder.wait_final(self.agent.host, command)
         assert final.kind == "operation.succeeded", describe(final)
         return dict(final.data["result"])
 
@@ -126,9 +127,11 @@ async def begun(bench: Bench, guest: str) -> str:
     data = InstanceExport(target=ExportTarget(store="main", name="copy"))
     mark = bench.world.recorder.mark
     command = await bench.world.send(bench.agent.host, data, guest, progress=True)
+    # Where we are slower than the copy, what follows comes after its end: that is right as well.
     await bench.world.recorder.wait_for(
-        bench.agent.host, "operation.progress", since=mark,
-        where=lambda event: 0 < event.data.get("done_bytes", 0) < event.data.get("total_bytes", 0),
+        bench.agent.host, {"operation.progress", *FINAL_KINDS}, since=mark,
+        where=lambda event: event.kind != "operation.progress"
+        or 0 < event.data.get("done_bytes", 0) < event.data.get("total_bytes", 0),
     )  # fmt: skip
     return command
 
@@ -139,7 +142,7 @@ async def test_killed_while_bytes_are_copied(bench: Bench, tmp_path: Path, live:
     guest, disk = await random_guest(bench, tmp_path, 256, live=live)
     command = await begun(bench, guest)
     await bench.agent.kill()
-    assert bench.stored() == []
+    assert bench.stored() in ([], ["copy.qcow2", "copy.qcow2.sha256"]), "whole or not there"
     await bench.agent.start()
     await bench.succeeded(command)
     assert bench.stored() == ["copy.qcow2", "copy.qcow2.sha256"]
@@ -156,8 +159,9 @@ async def test_the_guest_ends_while_its_disk_is_copied(bench: Bench, tmp_path: P
     guest, disk = await random_guest(bench, tmp_path, 512, live=True)
     command = await begun(bench, guest)
     await asyncio.to_thread(bench.libvirtd.virsh, "destroy", f"i-{guest[:8]}")
+    in_time = command not in bench.world.recorder.finals(bench.agent.host)
     result = await bench.succeeded(command)
-    assert result["live"] is False
+    assert result["live"] is False or not in_time
     check = ["qemu-img", "compare", str(disk), str(bench.store / "copy.qcow2")]
     await asyncio.to_thread(subprocess.run, check, check=True)
     await bench.judge(guest)
@@ -166,10 +170,13 @@ async def test_the_guest_ends_while_its_disk_is_copied(bench: Bench, tmp_path: P
 async def test_cancelled_while_bytes_are_copied(bench: Bench, tmp_path: Path) -> None:
     guest, _disk = await random_guest(bench, tmp_path, 256, live=True)
     command = await begun(bench, guest)
-    await bench.world.succeed(bench.agent.host, OperationCancel(operation_id=command))
-    final = await bench.world.recorder.wait_final(bench.agent.host, command, timeout_s=60)
-    assert final.kind == "operation.cancelled", describe(final)
-    assert bench.stored() == []
+    cancel = await bench.world.run(bench.agent.host, OperationCancel(operation_id=command))
+    final = await bench.world.recorder.wait_final(bench.agent.host, command)
+    if cancel.kind == "operation.succeeded":
+        assert final.kind == "operation.cancelled", describe(final)
+        assert bench.stored() == []
+    else:
+        assert final.kind == "operation.succeeded", describe(final)
     assert "None" in await asyncio.to_thread(bench.libvirtd.virsh, "domjobinfo", f"i-{guest[:8]}")
     await bench.runs(guest)
     await bench.judge(guest)
@@ -209,7 +216,7 @@ async def test_a_revert_that_was_done_is_not_done_again(bench: Bench) -> None:
     await bench.agent.stop()
     await bench.agent.start(failpoint="snapshot.revert:revert:after")
     command = await bench.world.send(bench.agent.host, SnapshotRevert(name="one"), guest)
-    assert await bench.agent.wait_ended(30.0) == -9
+    assert await bench.agent.wait_ended() == -9
     after = await asyncio.to_thread(bench.libvirtd.qemu_pids)
     await bench.agent.start()
     await bench.succeeded(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -421,15 +422,28 @@ async def test_a_delete_that_fails_goes_on_with_the_next_one(world: World, call:
 
 
 @pytest.mark.parametrize("call", ["create_storage", "define", "start"])
-async def test_a_driver_call_that_hangs_past_its_deadline(tmp_path: Path, no_blocking: object, call: str) -> None:
+async def test_a_driver_call_that_hangs_past_its_deadline(
+    tmp_path: Path, no_blocking: object, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The waiter is released, the lane stays blocked, others go on; when the thread returns all is taken back."""
-    deadlines = {"query_s": 5, "mutate_s": 0.1, "long_s": 0.1, "settle_s": 0.05, "reconnect_s": 5}
-    world = await World(tmp_path, deadlines=deadlines).open()
+    world = await World(tmp_path).open()
     await world.start()
     try:
         instance_id = new_id()
+        deadlines = world.agent.ctx.deadlines
         world.driver.inject(Fault(call=call, instance="hangs", hang_s=30, times=1))
+        # The deadline is short for the call that hangs, once it hangs, and for no other.
+        executor = world.agent.ctx.executor
+        inner = executor.call
+
+        async def short(pool: Any, run: Any, *args: Any, deadline_s: float, **options: Any) -> Any:
+            hangs = run.__name__ == call and any(armed.left for armed in world.driver._plan._armed)
+            return await inner(pool, run, *args, deadline_s=1.0 if hangs else deadline_s, **options)
+
+        monkeypatch.setattr(executor, "call", short)
+        world.agent.ctx.deadlines = replace(deadlines, settle_s=0.05)
         final = await world.do(InstanceCreate(spec=spec("hangs")), instance_id=instance_id)
+        world.agent.ctx.deadlines = deadlines
         refused(final, "deadline_exceeded", "operation.failed", retryable=True)
         assert final.data["undone"] is False
         behind = world.send(InstanceDelete(), instance_id=instance_id)

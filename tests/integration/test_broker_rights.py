@@ -64,16 +64,16 @@ async def test_both_can_do_their_work(broker: PrivateBroker, agent: Agent) -> No
     spec = InstanceSpec(name="web-1", vcpus=1, memory_mib=128, root_disk=RootDisk(size_mib=64))
     async with ComputeClient(_bus(broker, CONTROLLER), source="/test") as client, client.events() as events:
         made = await client.call(
-            InstanceCreate(spec=spec), host=HOST, instance_id=str(uuid.uuid4()), progress=True, timeout_s=20
+            InstanceCreate(spec=spec), host=HOST, instance_id=str(uuid.uuid4()), progress=True, timeout_s=120
         )
         assert made.result["observed"] == "running"
-        await client.call(HostPing(), host=HOST, id="ping-1", timeout_s=20)
+        await client.call(HostPing(), host=HOST, id="ping-1", timeout_s=120)
         assert await events.next(5) is not None
-        await client.call(HostPing(), host=HOST, id="ping-1", timeout_s=20)  # the recorded answer, sent again
+        await client.call(HostPing(), host=HOST, id="ping-1", timeout_s=120)  # the recorded answer, sent again
         with pytest.raises(CommandRefused, match="different command"):
-            await client.call(HostPing(echo="other"), host=HOST, id="ping-1", timeout_s=20)
+            await client.call(HostPing(echo="other"), host=HOST, id="ping-1", timeout_s=120)
     watcher = AmqpBus(AmqpSettings.model_validate(_settings(broker, HOST)), name="watcher")
-    await watcher.connect(timeout_s=5)
+    await watcher.connect(timeout_s=60)
     try:
         for _ in range(50):
             if await watcher.queue_depth(routing.DEAD_QUEUE):
@@ -96,10 +96,10 @@ async def test_both_can_do_their_work(broker: PrivateBroker, agent: Agent) -> No
 )
 async def test_publishing_elsewhere_is_refused(broker: PrivateBroker, user: str, exchange: str, key: str) -> None:
     bus = _bus(broker, user)
-    await bus.connect(timeout_s=5)
+    await bus.connect(timeout_s=60)
     try:
         with pytest.raises(FailedPrecondition) as refused:
-            await bus.publish(Outgoing(exchange=exchange, routing_key=key, body=b"{}", message_id="m"), timeout_s=5)
+            await bus.publish(Outgoing(exchange=exchange, routing_key=key, body=b"{}", message_id="m"), timeout_s=60)
         assert refused.value.code == "bus_write_refused"
     finally:
         await bus.close()
@@ -108,7 +108,7 @@ async def test_publishing_elsewhere_is_refused(broker: PrivateBroker, user: str,
 @pytest.mark.parametrize(("user", "queue"), [(HOST, routing.DEAD_QUEUE), (CONTROLLER, f"compute.agent.{HOST}")])
 async def test_reading_elsewhere_is_refused(broker: PrivateBroker, user: str, queue: str) -> None:
     bus = _bus(broker, user)
-    await bus.connect(timeout_s=5)
+    await bus.connect(timeout_s=60)
     try:
         with pytest.raises(FailedPrecondition):
             await bus.consume(queue, lambda delivery: delivery.ack(), prefetch=1)
@@ -118,7 +118,7 @@ async def test_reading_elsewhere_is_refused(broker: PrivateBroker, user: str, qu
 
 async def test_a_host_cannot_watch_another(broker: PrivateBroker) -> None:
     bus = _bus(broker, HOST)
-    await bus.connect(timeout_s=5)
+    await bus.connect(timeout_s=60)
     try:
         with pytest.raises(FailedPrecondition):
             await bus.declare(

@@ -70,7 +70,7 @@ class Disk:
         self._mount("-t", "tmpfs", "-o", "size=1100m,mode=0755", "tmpfs")
 
     def _mount(self, *arguments: str) -> None:
-        subprocess.run(["mount", *arguments, str(self.folder)], check=True, timeout=10)
+        subprocess.run(["mount", *arguments, str(self.folder)], check=True, timeout=240)
 
     def fill(self, *, leave: int) -> None:
         """Leave this many bytes free."""
@@ -94,7 +94,7 @@ class Disk:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def close(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.folder)], check=True, timeout=10)
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True, timeout=240)
 
 
 class Hook:
@@ -123,7 +123,7 @@ while [ -e {0}/hold ]; do sleep 0.02; done
 
     async def reached(self) -> None:
         """Wait until a start is held up. Nothing announces it."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(240):
             while not (self._folder / "reached").exists():
                 await asyncio.sleep(0.02)
 
@@ -870,7 +870,7 @@ async def test_cancel_during_a_slow_download(bench: Bench) -> None:
     await bench.reached(command, "image")
     await bench.do(OperationCancel(operation_id=command))
     bench.judge(await bench.final(command), "cancelled", retryable=False, kind="operation.cancelled")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(240):
         await bench.server.gone.wait()
     assert not list((bench.agent.state_dir / "images").iterdir())
     await bench.nothing_left()

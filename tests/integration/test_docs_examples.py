@@ -54,7 +54,7 @@ async def _run(name: str, broker: PrivateBroker) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         out, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     return out.decode()

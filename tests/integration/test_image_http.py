@@ -193,7 +193,7 @@ async def test_server_that_never_answers(folder):
 
 async def test_stall(server, folder):
     server.gate.clear()
-    assert await fails(folder, server.url("image?token=1"), Unavailable, stall_timeout_s=0.1) == "image_stalled"
+    assert await fails(folder, server.url("image?token=1"), Unavailable, stall_timeout_s=0.5) == "image_stalled"
     assert len(server.requests) == 3
 
 
@@ -258,7 +258,7 @@ async def test_cancellation_closes_the_connection(server, folder):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert list(folder.iterdir()) == []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(240):
         await server.gone.wait()
 
 

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a private system libvirtd needs root"),
     pytest.mark.skipif(shutil.which("libvirtd") is None, reason="libvirtd is not installed"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
-    pytest.mark.timeout(480),
+    pytest.mark.timeout(900),
 ]
 
 MIB = 1024 * 1024
@@ -85,7 +85,7 @@ class Bench:
         return instance_id
 
     def console(self, instance_id: str, text: str, times: int = 1) -> str:
-        deadline = time.monotonic() + 150.0
+        deadline = time.monotonic() + 240.0
         while True:
             console = self.driver.console_log(instance_id, MIB).data.decode(errors="replace")
             if console.count(text) >= times:
@@ -225,7 +225,7 @@ def test_a_guest_sees_disks_of_every_kind(bench: Bench, guest: PreparedImage, tm
     # A daemon that forgot the secrets gets them again; the guest finds its data.
     bench.daemon.kill_daemon()
     bench.daemon.start_daemon()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not bench.driver.is_connected():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -242,7 +242,7 @@ def test_a_guest_sees_disks_of_every_kind(bench: Bench, guest: PreparedImage, tm
     bench.daemon.kill_daemon()
     bench.daemon.start_daemon()
     assert qemu == bench.daemon.qemu_pids()[f"vm-{made[:8]}"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not bench.driver.is_connected():
         assert time.monotonic() < deadline
         time.sleep(0.05)

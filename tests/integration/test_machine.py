@@ -34,13 +34,13 @@ from devstack.libvirtd import PrivateLibvirtd
 libvirt = pytest.importorskip("libvirt", reason="the Python binding of libvirt is not installed")
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="a private system libvirtd needs root"),
     pytest.mark.skipif(shutil.which("libvirtd") is None, reason="libvirtd is not installed"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed"),
 ]
 
-BOOT_S = 120.0
+BOOT_S = 240.0
 MIB = 2**20
 UEFI = {"firmware": {"type": "uefi"}}
 SECURE = {"firmware": {"type": "uefi", "secure_boot": True}}
@@ -508,7 +508,7 @@ def unsigned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         ["mmd", "-i", str(disk), "::/EFI", "::/EFI/BOOT"],
         ["mcopy", "-i", str(disk), str(kernel), "::/EFI/BOOT/BOOTX64.EFI"],
     ):
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=240)
     return PreparedImage(disk, "raw", 32 * MIB, "0" * 64)
 
 

@@ -17,7 +17,8 @@ from agent.core.failpoints import VARIABLE
 from agent.store.base import OperationRecord
 from agent.store.sqlite import JournalFile
 
-START_S = 30.0
+WAIT_S = 120.0
+"""How long a test waits for an agent: far longer than it takes, since this only ends what hangs."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 Line = dict[str, Any]
@@ -59,7 +60,7 @@ class AgentProcess:
         self._changed = asyncio.Event()
         self._born = 0
         self._config = {
-            "agent": {"host": host, "state_dir": str(self.state_dir), "drain_timeout_s": 10.0},
+            "agent": {"host": host, "state_dir": str(self.state_dir), "drain_timeout_s": 60.0},
             "bus": {"url": broker_url, "reconnect_min_s": 0.05, "reconnect_max_s": 0.3, "connect_timeout_s": 3.0},
             "driver": {"name": driver, "settings": dict(driver_settings or {})},
             "images": {"file_roots": [str(directory), str(directory.parent)]},
@@ -100,10 +101,10 @@ class AgentProcess:
             )  # fmt: skip
         self._reader = asyncio.create_task(self._read(self._process), name=f"log of {self.host}")
         if ready:
-            await self.wait_log("agent.ready", timeout_s=START_S)
+            await self.wait_log("agent.ready", timeout_s=WAIT_S)
         return self
 
-    async def stop(self, timeout_s: float = 30.0) -> int:
+    async def stop(self, timeout_s: float = WAIT_S) -> int:
         """Ask the agent to end (SIGTERM) and return its exit status."""
         self.send(signal.SIGTERM)
         return await self.wait_ended(timeout_s)
@@ -111,7 +112,7 @@ class AgentProcess:
     async def kill(self) -> None:
         """End the agent as a power cut would."""
         self.send(signal.SIGKILL)
-        await self.wait_ended(10.0)
+        await self.wait_ended()
 
     async def restart(self) -> Self:
         """Kill it if it lives, and start it again on the same state."""
@@ -134,7 +135,7 @@ class AgentProcess:
             raise AgentEnded(self._epitaph("is not running"))
         self._process.send_signal(number)
 
-    async def wait_ended(self, timeout_s: float = 20.0) -> int:
+    async def wait_ended(self, timeout_s: float = WAIT_S) -> int:
         """Wait for the end of the process; its exit status, negative for a signal."""
         assert self._reader is not None
         done, _ = await asyncio.wait({self._reader}, timeout=timeout_s)
@@ -171,7 +172,7 @@ class AgentProcess:
         """The present end of the log, for `wait_log(since=)`."""
         return len(self.lines)
 
-    async def wait_log(self, event: str, *, timeout_s: float = 20.0, since: int | None = None, **fields: Any) -> Line:
+    async def wait_log(self, event: str, *, timeout_s: float = WAIT_S, since: int | None = None, **fields: Any) -> Line:
         """Wait for a line of this life, or after the mark `since`; the first one that matches."""
         position = self._born if since is None else since
         found: Line | None = None
@@ -195,7 +196,7 @@ class AgentProcess:
             return self._stderr_file.read_text(encoding="utf-8", errors="replace")
         return ""
 
-    async def get(self, path: str, timeout_s: float = 5.0) -> tuple[int, str]:
+    async def get(self, path: str, timeout_s: float = WAIT_S) -> tuple[int, str]:
         """Ask the health endpoint; status and body."""
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.health_port)
@@ -204,6 +205,15 @@ class AgentProcess:
             writer.close()
         head, _, body = answer.decode().partition("\r\n\r\n")
         return int(head.split()[1]), body
+
+    async def answers(self, path: str, status: int) -> str:
+        """Wait until the health endpoint answers with this status; the body."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + WAIT_S
+        while (found := await self.get(path))[0] != status:
+            assert loop.time() < end, f"{path} answers {found}, and not {status}"
+            await asyncio.sleep(0.05)
+        return found[1]
 
     def open_operations(self) -> list[OperationRecord]:
         """What the journal holds without a final result, or with something left to take back."""

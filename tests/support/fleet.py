@@ -19,7 +19,7 @@ from agent.messages.verb import CommandData
 from agent.messages.verbs_host import HostAudit
 from devstack.libvirtd import PrivateLibvirtd
 from devstack.rabbitmq import PrivateBroker
-from support.agent_process import AgentProcess
+from support.agent_process import WAIT_S, AgentProcess
 from support.host import leftovers, libvirt_leftovers
 from support.recorder import Recorder, describe
 
@@ -42,7 +42,7 @@ class World:
         # First what is closed last: the agents must end before those who watch them.
         self.recorder = await self._stack.enter_async_context(Recorder(self.broker.url))
         settings = AmqpSettings.model_validate(
-            {"url": self.broker.url, "reconnect_min_s": 0.05, "reconnect_max_s": 0.3, "connect_timeout_s": 3}
+            {"url": self.broker.url, "reconnect_min_s": 0.05, "reconnect_max_s": 0.3, "connect_timeout_s": 30}
         )
         bus = AmqpBus(settings, name="faults-controller")
         bus.on_state(lambda connected: self._connected.set() if connected else self._connected.clear())
@@ -79,18 +79,18 @@ class World:
 
     async def send(self, host: str, data: CommandData, instance_id: str | None = None, **options: Any) -> str:
         """Send a command once, without waiting for its end; its id."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             await self._connected.wait()
         command_id = await self.client.send(data, host=host, instance_id=instance_id, **options)
         self.sent.setdefault(host, []).append(command_id)
         return command_id
 
-    async def run(self, host: str, data: CommandData, instance_id: str | None = None, *, timeout_s: float = 30.0) -> Event:
+    async def run(self, host: str, data: CommandData, instance_id: str | None = None, *, timeout_s: float = WAIT_S) -> Event:
         """Send a command once and wait for its final event, whatever it is."""
         command_id = await self.send(host, data, instance_id)
         return await self.recorder.wait_final(host, command_id, timeout_s=timeout_s)
 
-    async def succeed(self, host: str, data: CommandData, instance_id: str | None = None, *, timeout_s: float = 30.0) -> Event:
+    async def succeed(self, host: str, data: CommandData, instance_id: str | None = None, *, timeout_s: float = WAIT_S) -> Event:
         """Send a command once and expect it to succeed."""
         event = await self.run(host, data, instance_id, timeout_s=timeout_s)
         assert event.kind == "operation.succeeded", describe(event)
@@ -102,7 +102,7 @@ class World:
         await self.succeed(host, InstanceCreate(spec=spec(instance_id, **fields)), instance_id)
         return instance_id
 
-    async def settle(self, host: str, *, timeout_s: float = 30.0) -> None:
+    async def settle(self, host: str, *, timeout_s: float = WAIT_S) -> None:
         """Wait until everything that the agent had to tell until now is recorded: events keep their order."""
         await self.succeed(host, HostPing(), timeout_s=timeout_s)
 

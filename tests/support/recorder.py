@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from agent.controller.failures import FINAL_KINDS
 from agent.messages import routing
 from agent.messages.events import Event, HostHeartbeat, parse_event
+from support.agent_process import WAIT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Recorder:
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="recorder")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_S):
             await self._bound.wait()
         return self
 
@@ -93,7 +94,7 @@ class Recorder:
         return len(self.messages)
 
     async def wait_for(
-        self, host: str, kind: str | Collection[str], *, timeout_s: float = 20.0, since: int = 0,
+        self, host: str, kind: str | Collection[str], *, timeout_s: float = WAIT_S, since: int = 0,
         where: Callable[[Event], bool] = lambda _event: True,
     ) -> Event:  # fmt: skip
         """Wait for an event of `host` and `kind` after the mark `since`."""
@@ -116,13 +117,13 @@ class Recorder:
             tail = "\n".join(map(describe, told[-25:]))
             raise AssertionError(f"no {'/'.join(sorted(kinds))} of {host} within {timeout_s:g} s; last:\n{tail}") from None
 
-    async def wait_final(self, host: str, operation_id: str, *, timeout_s: float = 30.0) -> Event:
+    async def wait_final(self, host: str, operation_id: str, *, timeout_s: float = WAIT_S) -> Event:
         """Wait for the final event of an operation."""
         return await self.wait_for(
             host, FINAL_KINDS, timeout_s=timeout_s, where=lambda event: event.data["operation_id"] == operation_id
         )
 
-    async def wait_finals(self, host: str, operation_ids: Iterable[str], *, timeout_s: float = 60.0) -> dict[str, Event]:
+    async def wait_finals(self, host: str, operation_ids: Iterable[str], *, timeout_s: float = WAIT_S) -> dict[str, Event]:
         """Wait for the final events of many operations."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
@@ -131,7 +132,7 @@ class Recorder:
             for each in operation_ids
         }
 
-    async def heartbeat(self, host: str, *, timeout_s: float = 10.0, where: Callable[[HostHeartbeat], bool]) -> HostHeartbeat:
+    async def heartbeat(self, host: str, *, timeout_s: float = WAIT_S, where: Callable[[HostHeartbeat], bool]) -> HostHeartbeat:
         """Wait for a heartbeat from now on."""
         event = await self.wait_for(
             host, HostHeartbeat.kind, timeout_s=timeout_s, since=self.mark,
@@ -200,7 +201,7 @@ class Recorder:
                 await asyncio.sleep(0.1)
 
     async def _record(self) -> None:
-        connection = await aio_pika.connect(self._url, timeout=5)
+        connection = await aio_pika.connect(self._url, timeout=30)
         closed = asyncio.Event()
         try:
             connection.close_callbacks.add(lambda *_: closed.set())

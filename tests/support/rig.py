@@ -24,7 +24,7 @@ from agent.messages.commands import parse_command
 from agent.messages.events import FINAL_STATES
 from agent.store.base import Change, OperationRecord, SequencedEvent, Store
 from agent.store.memory import MemoryStore
-from support.world import HOST, command, until
+from support.world import HOST, LIMIT_S, command, until
 
 INSTANCE = "11111111-2222-3333-4444-555555555555"
 Handler = Callable[[Operation, Any], Awaitable[Any]]
@@ -56,7 +56,7 @@ class Rig:
             instances=Instances(),
             capacity=Capacity(Reservations()),
             images=None,  # type: ignore[arg-type]
-            deadlines=Deadlines(**({"settle_s": 0.05, "query_s": 2.0, "mutate_s": 2.0, "long_s": 2.0} | deadlines)),
+            deadlines=Deadlines(**(dict.fromkeys(("settle_s", "query_s", "mutate_s", "long_s"), LIMIT_S) | deadlines)),
             state=state,
         )
         self.journal.resolve_instances(self.ctx.instances.find)

@@ -7,6 +7,7 @@ event that was published). `Cut` is a store that stops at a chosen commit, as a 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 import uuid
@@ -35,6 +36,10 @@ from agent.store.memory import MemoryStore
 from agent.store.sqlite import SqliteStore
 
 HOST = "node-1.example"
+LIMIT_S = 60.0
+"""How long a test waits for what must come. It only ends what hangs: no test depends on the machine's speed."""
+ROUNDS = 100
+"""More than any command has commits: a test that dies at each of them ends with the last one."""
 FINAL_KINDS = frozenset(f"operation.{state}" for state in FINAL_STATES)
 
 
@@ -54,11 +59,30 @@ def spec(name: str = "", **changes: Any) -> InstanceSpec:
     return InstanceSpec(**(fields | changes))
 
 
-async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
-    """Give the loop and the threads their turns until `condition` holds."""
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.0005)
+async def until(condition: Callable[[], object], limit_s: float = LIMIT_S, missing: Callable[[], object] | None = None) -> None:
+    """Give the loop and the threads their turns until `condition` holds; `missing` says what is still not so."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limit_s
+    while not condition():
+        if loop.time() > end:
+            # A last look: all of the limit may have gone by in one stall of the machine.
+            await asyncio.sleep(0.1)
+            if condition():
+                return
+            raise TimeoutError(f"not within {limit_s:g} s: {missing() if missing else _source(condition)}")
+        await asyncio.sleep(0.0005)
+
+
+def _source(condition: Callable[[], object]) -> str:
+    """The lines of a condition, and the values that it looks at."""
+    try:
+        text = " ".join(inspect.getsource(condition).split())
+    except (OSError, TypeError):
+        text = repr(condition)
+    with suppress(TypeError):
+        seen = inspect.getclosurevars(condition).nonlocals
+        text += "".join(f"; {name} = {str(value)[:300]}" for name, value in seen.items())
+    return text
 
 
 class Cut:
@@ -107,10 +131,12 @@ class World:
         self._memory = MemoryStore()
         self._watcher = MemoryBus(self.broker, name="watcher")
         self._starts = 0
-        sections = {"deadlines": {"query_s": 5, "mutate_s": 5, "long_s": 5, "settle_s": 1, "reconnect_s": 5}} | sections
+        # As long as the tests wait: a stall of the machine is no failure of the hypervisor.
+        limits = dict.fromkeys(("query_s", "mutate_s", "long_s", "settle_s", "reconnect_s"), LIMIT_S)
+        sections = {"deadlines": limits} | sections
         self.settings = Settings.model_validate(
             {
-                "agent": {"host": HOST, "state_dir": folder / "state", "drain_timeout_s": 5},
+                "agent": {"host": HOST, "state_dir": folder / "state", "drain_timeout_s": LIMIT_S},
                 "bus": {"url": "amqp://unused/"},
                 "driver": {"name": "fake", "settings": {"persist": True, **(driver or {})}},
                 "images": {"file_roots": [str(folder)]},
@@ -126,7 +152,7 @@ class World:
 
     async def open(self) -> World:
         """Begin to watch; no agent yet."""
-        await self._watcher.connect(timeout_s=1)
+        await self._watcher.connect(timeout_s=LIMIT_S)
         await self._watcher.declare(shared_topology())
         await self._watcher.declare(
             Topology(
@@ -148,7 +174,7 @@ class World:
         self.agent = Agent(self.settings, self.bus, store=self.cut)
         await self.agent.start()
         if wait:
-            await self.agent.wait_ready(10)
+            await self.agent.wait_ready(LIMIT_S)
         return self.agent
 
     async def crash(self) -> None:
@@ -170,7 +196,7 @@ class World:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.bus.close()
         self.driver.clear_faults()
-        await agent.ctx.executor.close(5)
+        await agent.ctx.executor.close(LIMIT_S)
         await asyncio.to_thread(self.driver.close)
         await self.cut.close()
         # What the store handed over in its last moment belongs to nobody.
@@ -221,10 +247,15 @@ class World:
         """How many events of each kind came, repeats dropped."""
         return Counter(event.kind for event in {event.id: event for event in self.events}.values())
 
-    async def final(self, operation_id: str, limit_s: float = 10.0) -> Event:
+    async def final(self, operation_id: str, limit_s: float = LIMIT_S) -> Event:
         """Wait for the final event of an operation."""
-        await until(lambda: self.finals(operation_id), limit_s)
+        await until(lambda: self.finals(operation_id), limit_s, lambda: self._without_final(operation_id))
         return self.finals(operation_id)[0]
+
+    def _without_final(self, *operation_ids: str) -> str:
+        """What is known of operations that should have ended."""
+        told = {one: [event.kind for event in self.of(one)] for one in operation_ids if not self.finals(one)}
+        return f"no final event, but {told}; cut: {self.cut.struck}; still at work: {self._busy()}"
 
     async def cut_or_final(self, *operation_ids: str) -> bool:
         """Wait until the store was cut, or all these operations have ended without that. Returns whether it was cut."""
@@ -232,35 +263,36 @@ class World:
         def ended() -> bool:
             return not self.cut.struck and all(self.finals(operation_id) for operation_id in operation_ids)
 
-        await until(lambda: self.cut.happened.is_set() or ended())
+        await until(
+            lambda: self.cut.happened.is_set() or ended(), missing=lambda: self._without_final(*operation_ids)
+        )
         return self.cut.happened.is_set()
 
     async def quiet(self, *, operations: int = 0) -> None:
         """Wait until the agent has nothing in hand, but so many operations, and everything is published."""
-        agent = self.agent
         # The hypervisor hands its events over one after the other: behind this one there are none of before.
         delivered = threading.Event()
         self.driver._hypervisor.timers.post(delivered.set)
-        await until(lambda: delivered.is_set() or not self.driver._open)
+        await until(lambda: delivered.is_set() or not self.driver._open, missing=lambda: "the hypervisor's own events")
         await asyncio.sleep(0)
-        def busy() -> dict[str, object]:
-            return {
-                "operations": max(0, agent._runner.in_flight - operations),
-                "lanes": max(0, agent._lanes.busy - operations),
-                "outbox": agent._outbox.waiting,
-                "event tasks": agent._events._tasks,
-                "events": agent._events._arrived,
-                "commands": agent._dispatcher._arrived,
-                "queue": self.broker.depth(routing.host_queue(HOST)),
-            }
-
-        try:
-            await until(lambda: not any(busy().values()))
-        except TimeoutError as exc:
-            raise AssertionError(f"still at work: { {name: left for name, left in busy().items() if left} }") from exc
+        await until(lambda: not self._busy(operations), missing=lambda: f"still at work: {self._busy(operations)}")
         # Events that were published in the last turn are delivered in the next.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+
+    def _busy(self, operations: int = 0) -> dict[str, object]:
+        """What the agent has in hand beside so many operations."""
+        agent = self.agent
+        work: dict[str, object] = {
+            "operations": max(0, agent._runner.in_flight - operations),
+            "lanes": max(0, agent._lanes.busy - operations),
+            "outbox": agent._outbox.waiting,
+            "event tasks": agent._events._tasks,
+            "events": agent._events._arrived,
+            "commands": agent._dispatcher._arrived,
+            "queue": self.broker.depth(routing.host_queue(HOST)),
+        }
+        return {name: left for name, left in work.items() if left}
 
     def sequences(self) -> list[int]:
         """Sequence numbers in order of arrival, repeats dropped."""

@@ -7,9 +7,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from click.testing import CliRunner, Result
+
 from agent.bus.base import Delivery, Outgoing
 from agent.bus.memory import MemoryBroker, MemoryBus
 from agent.bus.topology import host_topology, shared_topology
+from agent.controller.cli import cli
+from agent.controller.session import Session
 from agent.messages import routing
 from agent.messages.commands import Command, parse_command
 from agent.messages.events import (
@@ -27,6 +31,8 @@ from agent.messages.events import (
     seal,
 )
 
+HOST = "node1.example"
+SPEC = "name: a\nvcpus: 1\nmemory_mib: 64\nroot_disk: {size_mib: 1}\n"
 INSTANCE = "11111111-2222-3333-4444-555555555555"
 Script = Callable[[Command[Any]], list[EventData]]
 
@@ -156,7 +162,28 @@ def lines_of_json(text: str) -> list[Any]:
     return [json.loads(line) for line in text.splitlines() if line]
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 2.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0)
+class Ctl:
+    """Runs computectl against agents that are brought up on its loop."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Script] = {}
+        self.then: Callable[[FakeAgent], None] | None = None
+        self.down = False
+        self.agents: list[FakeAgent] = []
+
+    async def _prepare(self, broker: MemoryBroker) -> None:
+        agent = await FakeAgent(broker, HOST).start()
+        agent.answers = self.answers
+        self.agents.append(agent)
+        if self.then is not None:
+            asyncio.get_running_loop().call_later(0.01, self.then, agent)
+        if self.down:
+            broker.refuse(True)
+
+    def __call__(self, *args: str, input: str | None = None, env: dict[str, str] | None = None) -> Result:
+        session = Session(make_bus=lambda _address: StartingBus(MemoryBroker(), self._prepare))
+        return CliRunner().invoke(cli, args, obj=session, input=input, env={"COMPUTECTL_HOST": HOST} | (env or {}))
+
+    @property
+    def commands(self) -> list[Command[Any]]:
+        return [command for agent in self.agents for command in agent.commands]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from controller_agent import (
+    HOST,
     INSTANCE,
+    SPEC,
+    Ctl,
     FakeAgent,
-    Script,
-    StartingBus,
     fail,
     heartbeat,
     lines_of_json,
@@ -24,42 +23,10 @@ from controller_agent import (
 )
 
 from agent import __version__
-from agent.bus.memory import MemoryBroker
 from agent.controller import commands_console
 from agent.controller.cli import cli
-from agent.controller.session import Session
 from agent.messages.commands import Command
 from agent.messages.events import InstanceRemoved
-
-HOST = "node1.example"
-SPEC = "name: a\nvcpus: 1\nmemory_mib: 64\nroot_disk: {size_mib: 1}\n"
-
-
-class Ctl:
-    """Runs computectl against agents that are brought up on its loop."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Script] = {}
-        self.then: Callable[[FakeAgent], None] | None = None
-        self.down = False
-        self.agents: list[FakeAgent] = []
-
-    async def _prepare(self, broker: MemoryBroker) -> None:
-        agent = await FakeAgent(broker, HOST).start()
-        agent.answers = self.answers
-        self.agents.append(agent)
-        if self.then is not None:
-            asyncio.get_running_loop().call_later(0.01, self.then, agent)
-        if self.down:
-            broker.refuse(True)
-
-    def __call__(self, *args: str, input: str | None = None, env: dict[str, str] | None = None) -> Result:
-        session = Session(make_bus=lambda _address: StartingBus(MemoryBroker(), self._prepare))
-        return CliRunner().invoke(cli, args, obj=session, input=input, env={"COMPUTECTL_HOST": HOST} | (env or {}))
-
-    @property
-    def commands(self) -> list[Command[Any]]:
-        return [command for agent in self.agents for command in agent.commands]
 
 
 @pytest.fixture

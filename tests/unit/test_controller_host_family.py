@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from controller_agent import INSTANCE, reject, succeed
-from test_controller_cli import HOST, SPEC, Ctl
+from controller_agent import HOST, INSTANCE, SPEC, Ctl, reject, succeed
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from controller_agent import INSTANCE, succeed
-from test_controller_cli import Ctl
+from controller_agent import INSTANCE, Ctl, succeed
 
 from agent.messages.spec_limits import CpuLimits, DiskLimits, NicLimits
 from agent.messages.verbs_resize import (

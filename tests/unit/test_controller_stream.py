@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from controller_agent import INSTANCE, FakeAgent, heartbeat, until
+from controller_agent import INSTANCE, FakeAgent, heartbeat
+from support.world import LIMIT_S, until
 
 from agent.bus.memory import MemoryBroker, MemoryBus
 from agent.controller import ComputeClient, EventStream, Gap
@@ -40,7 +41,7 @@ async def client(broker: MemoryBroker) -> AsyncIterator[ComputeClient]:
 async def take(stream: EventStream, count: int) -> list[str]:
     found = []
     for _ in range(count):
-        item = await stream.next(2.0)
+        item = await stream.next(LIMIT_S)
         assert item is not None
         found.append(item.reason if isinstance(item, Gap) else f"{item.kind} {item.sequence}")
     assert await stream.next(0.001) is None
@@ -74,10 +75,10 @@ async def test_filters(agent: FakeAgent, client: ComputeClient, broker: MemoryBr
         agent.publish(rebooted(OTHER))
         agent.publish(heartbeat(), sequenced=False)
         assert await take(by_kind, 1) == ["instance.rebooted 2"]
-        first = await by_instance.next(2.0)
+        first = await by_instance.next(LIMIT_S)
         assert isinstance(first, Event)
         assert first.host == "node2"
-        beat = await beats.next(2.0)
+        beat = await beats.next(LIMIT_S)
         assert isinstance(beat, Event)
         assert HostHeartbeat.model_validate(beat.data).last_sequence == 7
 
@@ -95,8 +96,8 @@ async def test_a_gap_in_the_sequence_is_marked_before_the_event(agent: FakeAgent
         agent.publish(rebooted())
         agent.sequence += 3
         agent.publish(rebooted())
-        first = await stream.next(2.0)
-        gap = await stream.next(2.0)
+        first = await stream.next(LIMIT_S)
+        gap = await stream.next(LIMIT_S)
         assert isinstance(first, Event)
         assert gap == Gap("sequence", host=HOST, epoch="e1", first=12, last=14)
         assert await take(stream, 1) == ["instance.rebooted 15"]
@@ -134,7 +135,7 @@ async def test_a_lost_connection_is_marked_and_the_stream_goes_on(
     async with client.events(("instance",)) as stream:
         broker.drop_connections()
         await until(lambda: agent.bus.connected)
-        gap = await stream.next(2.0)
+        gap = await stream.next(LIMIT_S)
         assert isinstance(gap, Gap)
         assert gap.reason == "disconnected"
         agent.publish(rebooted())

@@ -292,7 +292,7 @@ class CoreMachine(RuleBasedStateMachine):
         try:
             # The cut may strike yet, where it was on its way.
             while not answered():
-                await until(lambda: answered() or world.cut.happened.is_set(), 15)
+                await until(lambda: answered() or world.cut.happened.is_set())
                 await self._mend()
         except TimeoutError:
             raise AssertionError(f"no final event: {[s for s in self.sent if s.id in open_ids]}") from None

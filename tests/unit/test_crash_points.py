@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, new_id, spec, until
+from support.crash import agrees, same_everywhere
+from support.world import ROUNDS, World, new_id, spec, until
 
-from agent.drivers.fake.live import limits_json
 from agent.drivers.fake.settings import Fault
 from agent.errors import Unavailable
 from agent.exports.files import Slot
@@ -51,7 +51,6 @@ from agent.messages.verbs_snapshot import (
     SnapshotDelete,
     SnapshotRevert,
 )
-from agent.store.base import InstanceRecord
 
 DISKS = [
     DataDisk(kind="data", name="data", size_mib=8),
@@ -94,7 +93,7 @@ STORED = {"export": 2, "backup": 3}
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object, unannounced: None) -> AsyncIterator[World]:
     (tmp_path / "store").mkdir()
     made = await World(
         tmp_path, store=request.param, exports={"stores": {"main": str(tmp_path / "store")}}
@@ -134,49 +133,11 @@ def check_exports(world: World, verb: str) -> None:
         (store / name).unlink()
 
 
-async def agrees(world: World, operation_id: str, instance_id: str, power: str) -> None:
-    """One final event, the state that was asked for, the same in memory, journal and hypervisor; nothing left."""
-    await world.quiet()
-    assert [event.kind for event in world.finals(operation_id)] == ["operation.succeeded"]
-    assert world.of(operation_id)[-1].kind == "operation.succeeded"
-    assert await world.power(instance_id) == power
-    kept = {record.id: record for record in await world.cut.instances()}
-    known = {record.id: record for record in world.agent.ctx.instances.all()}
-    assert kept == known
-    dumps = sorted(path.name for path in (world.folder / "state" / "fake" / "dumps").glob("*"))
-    made = world.finals(operation_id)[0].data["result"].get("path", "")
-    assert [name for name in dumps if name.endswith(".part")] == []
-    assert not made or Path(made).name in dumps
-    if power == "gone":
-        assert known == {}
-        assert world.owned_files() == []
-    else:
-        assert known[instance_id].observed == power
-        await same_everywhere(world, known[instance_id])
-        assert world.owned_files() == [f"domains/{instance_id}.json", f"instances/{instance_id}"]
-    assert await world.cut.operations(unfinished=True) == []
-    assert [event for event in world.events if event.kind == "host.drift"] == []
-    world.check_sequence()
-
-
-async def same_everywhere(world: World, record: InstanceRecord) -> None:
-    """The journal, the domain's definition and the guest have the same sizes and limits."""
-    info = await world.ask(world.driver.get, record.id)
-    assert (info.spec, info.life) == (record.spec, record.life)
-    sizes = await world.ask(world.driver.disk_sizes, record.id, record.spec)
-    assert sizes["root"] == record.spec.root_disk.size_mib
-    assert all(sizes[disk.name] == disk.size_mib for disk in record.spec.disks if disk.kind != "cdrom")
-    if info.power in ("running", "paused"):
-        live = world.driver._hypervisor.find(record.id).live
-        assert (live.vcpus, live.memory_mib) == (record.spec.vcpus, record.spec.memory_mib)
-        assert live.limits_json == limits_json(record.spec)
-
-
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("verb", VERBS)
 async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
     data, power = VERBS[verb]
-    for commits in range(16):
+    for commits in range(ROUNDS):
         instance_id = await prepared(world, verb)
         world.cut.after(commits, applied=applied)
         operation_id = world.send(data, instance_id=instance_id)
@@ -258,7 +219,7 @@ async def test_dies_again_and_again(world: World) -> None:
 @pytest.mark.parametrize("fault", ["define", "start", "get"])
 async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str, applied: bool) -> None:
     """Whether it is then finished or rolled back, one final event comes and nothing is left that is nobody's."""
-    for commits in range(1, 12):
+    for commits in range(1, ROUNDS):
         operation_id, instance_id = new_id(), new_id()
         # `get` fails long enough to fail the operation, and not the undoing.
         world.driver.inject(Fault(call=fault, error="internal", times=1))
@@ -294,7 +255,7 @@ async def test_dies_at_every_commit_of_a_failing_create(world: World, fault: str
 async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str, fault: str, applied: bool) -> None:
     """Finished or taken back, and journal, definition and guest agree in any case."""
     data, power = VERBS[verb]
-    for commits in range(20):
+    for commits in range(ROUNDS):
         instance_id = await prepared(world, verb)
         world.driver.inject(Fault(call=fault, error="internal", times=1))
         world.cut.after(commits, applied=applied)
@@ -319,7 +280,7 @@ async def test_dies_at_every_commit_of_a_failing_resize(world: World, verb: str,
 
 
 async def test_dies_after_a_cancel(world: World) -> None:
-    for commits in range(8):
+    for commits in range(ROUNDS):
         operation_id, instance_id = new_id(), new_id()
         world.driver.inject(Fault(call="create_storage", hang_s=30, times=1))
         world.send(InstanceCreate(spec=spec("vm")), id=operation_id, instance_id=instance_id)
@@ -378,7 +339,7 @@ async def test_dies_at_every_commit_of_a_failing_export(
 
     monkeypatch.setattr(Slot, "publish", fails)
     instance_id = await world.create("vm")
-    for commits in range(1, 12):
+    for commits in range(1, ROUNDS):
         world.cut.after(commits, applied=applied)
         operation_id = world.send(VERBS["export"][0], instance_id=instance_id)
         died = await world.cut_or_final(operation_id)

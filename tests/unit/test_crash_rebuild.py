@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.world import World, until
-from test_crash_points import agrees
+from support.crash import agrees
+from support.world import ROUNDS, World, until
 
 from agent.drivers.fake.settings import Fault
 from agent.handlers import halt
@@ -30,7 +30,7 @@ from agent.messages.verbs_snapshot import ExportTarget
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def world(
-    request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, tmp_path: Path, no_blocking: object, unannounced: None, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[World]:
     # An undo that is repeated waits this long for a guest that it has started itself before the agent died.
     monkeypatch.setattr(halt, "RESTART_WAIT_S", 1.0)
@@ -109,7 +109,7 @@ async def expect_untouched(world: World, verb: str, instance_id: str) -> None:
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("verb", VERBS)
 async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> None:
-    for commits in range(16):
+    for commits in range(ROUNDS):
         instance_id = await prepared(world, verb)
         data, power = command(world, verb)
         world.cut.after(commits, applied=applied)
@@ -167,7 +167,7 @@ async def with_two_disks(world: World) -> str:
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("verb", ["shelve", "unshelve"])
 async def test_the_shelf_at_every_commit(world: World, verb: str, applied: bool) -> None:
-    for commits in range(20):
+    for commits in range(ROUNDS):
         instance_id = await with_two_disks(world)
         if verb == "unshelve":
             assert (await world.do(shelve(), instance_id=instance_id)).kind == "operation.succeeded"

@@ -92,7 +92,7 @@ async def test_a_server_that_takes_nothing(file: Path) -> None:
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a"
     assert await refused(Unavailable, file, url, attempts=1, stall_timeout_s=0.3) == "export_unavailable"
-    assert taken.is_set()
+    await taken.wait()
     server.close()
 
 

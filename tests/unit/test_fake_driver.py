@@ -39,7 +39,7 @@ from agent.errors import (
 )
 from agent.messages.spec import InstanceSpec
 
-LONG_S = 20.0
+LONG_S = 60.0
 
 
 class World:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, new_id, spec, until
+from support.world import ROUNDS, World, new_id, spec, until
 
 from agent.core.adopted import ADOPTED_VERBS, check_adopted
 from agent.drivers.fake.settings import Fault
@@ -39,7 +39,7 @@ RECORD = '{"size_mib": 64, "image_sha256": null}'
 
 
 @pytest.fixture
-async def world(tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(tmp_path: Path, no_blocking: object, unannounced: None) -> AsyncIterator[World]:
     made = await World(tmp_path, audit={"leftover_age_s": 60}).open()
     await made.start()
     yield made
@@ -188,7 +188,7 @@ async def test_staging_is_removed_when_its_operation_has_ended(world: World) -> 
 
 @pytest.mark.parametrize("applied", [False, True])
 async def test_a_repair_dies_at_every_commit(world: World, applied: bool) -> None:
-    for commits in range(12):
+    for commits in range(ROUNDS):
         folders = [await world.ask(lambda: plant(world, new_id(), proven=True)) for _ in range(2)]
         world.cut.after(commits, applied=applied)
         operation = world.send(HostAudit(repair=True))
@@ -207,7 +207,7 @@ async def test_a_repair_dies_at_every_commit(world: World, applied: bool) -> Non
 
 @pytest.mark.parametrize("applied", [False, True])
 async def test_a_drain_dies_at_every_commit(world: World, applied: bool) -> None:
-    for commits in range(30):
+    for commits in range(ROUNDS):
         guest = await world.create(f"guest-{commits}")
         await world.quiet()
         world.cut.after(commits, applied=applied)
@@ -419,7 +419,7 @@ async def test_an_adopted_instance_refuses_by_name_what_would_redefine_it(world:
 
 @pytest.mark.parametrize("applied", [False, True])
 async def test_adoption_dies_at_every_commit(world: World, applied: bool) -> None:
-    for commits in range(12):
+    for commits in range(ROUNDS):
         domain = await foreign(world, f"legacy-{commits}")
         world.cut.after(commits, applied=applied)
         operation = world.send(InstanceAdopt(), instance_id=domain)
@@ -479,7 +479,7 @@ async def test_overdue_past_the_point_of_no_return_is_a_condition(world: World) 
     world.driver.inject(Fault(call="destroy", hang_s=30, times=1))
     delete = world.send(InstanceDelete(), instance_id=guest)
     start = world.send(InstanceStart(), instance_id=guest)
-    await until(lambda: world.agent._runner.find(delete) and world.agent._runner.find(delete).operation is not None)
+    await until(lambda: all(armed.left == 0 for armed in world.driver._plan._armed))
     await asyncio.sleep(0.02)
     await overdue(world)
     shown = await beat(world)
@@ -488,6 +488,7 @@ async def test_overdue_past_the_point_of_no_return_is_a_condition(world: World) 
     world.driver.clear_faults()
     assert (await world.final(delete)).kind == "operation.succeeded"
     await world.final(start)
+    await world.quiet()
     await overdue(world)
     assert (await beat(world))["conditions"] == {}
 
@@ -510,7 +511,7 @@ async def test_an_overdue_operation_that_is_killed_while_it_is_undone_keeps_its_
 
 
 async def test_a_restart_in_the_middle_of_an_undo_does_not_take_the_hope_of_a_retry(world: World) -> None:
-    for commits in range(12):
+    for commits in range(ROUNDS):
         instance_id = new_id()
         world.driver.inject(Fault(call="define", error="resource_exhausted", times=1))
         world.cut.after(commits, applied=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.world import World, new_id, spec, until
+from support.world import ROUNDS, World, new_id, spec, until
 
 from agent.drivers.fake.settings import Fault
 from agent.messages.commands import InstanceCreate, InstanceDelete, OperationCancel
@@ -28,7 +28,7 @@ MIB = 2**20
 
 
 @pytest.fixture
-async def world(tmp_path: Path, no_blocking: object) -> AsyncIterator[World]:
+async def world(tmp_path: Path, no_blocking: object, unannounced: None) -> AsyncIterator[World]:
     made = await World(tmp_path).open()
     yield made
     await made.stop()
@@ -297,7 +297,7 @@ async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> N
     one = image(world)
     data = ImagePrefetch(image=one) if verb == "prefetch" else ImageRemove(sha256=one.sha256)
     entry = [f"{one.sha256}.raw", f"{one.sha256}.raw.json"]
-    for commits in range(12):
+    for commits in range(ROUNDS):
         if verb == "remove":
             await succeed(world, ImagePrefetch(image=one))
         await world.quiet()

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from support.world import until
+from support.world import LIMIT_S, until
 
 from agent.core import lanes as lanes_module
 from agent.core.lanes import Lanes, Work
@@ -111,7 +111,7 @@ async def test_drain_waits_for_what_runs_and_starts_nothing() -> None:
     made.put("a", "power", job(log, "waits in its lane"))
     made.put("b", "power", job(log, "waits for a slot"))
     await until(lambda: log)
-    draining = asyncio.ensure_future(made.drain(10))
+    draining = asyncio.ensure_future(made.drain(LIMIT_S))
     await asyncio.sleep(0)
     made.put("c", "power", job(log, "came late"))
     gate.set()
@@ -145,7 +145,7 @@ async def test_drain_has_a_limit_for_what_holds_out_against_cancelling(monkeypat
 
     made.put("a", "power", stubborn)
     await until(lambda: log)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         assert not await made.drain(0.01)
     gate.set()
     await until(lambda: not made.busy)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, new_id, until
+from support.world import ROUNDS, World, new_id, until
 
 from agent import policy
 from agent.drivers.fake.settings import Fault
@@ -25,7 +25,7 @@ SLOW = Pace(first_s=3600, longest_s=3600, stable_s=7200, look_s=0.02, anyway_s=3
 
 
 @pytest.fixture
-async def world(tmp_path: Path, no_blocking: object, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def world(tmp_path: Path, no_blocking: object, unannounced: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     boot_id = tmp_path / "boot_id"
     boot_id.write_text(f"{new_id()}\n")
     monkeypatch.setattr(policy, "BOOT_ID", boot_id)
@@ -116,7 +116,7 @@ async def test_ended_by_somebody_else_is_no_end_by_itself(world: World) -> None:
 @pytest.mark.parametrize("applied", [False, True])
 async def test_a_stop_that_is_cut_off_by_a_crash(world: World, applied: bool) -> None:
     """At each commit of the stop, also while the guest is down already: it stays down, by one final event."""
-    for commits in range(6):
+    for commits in range(ROUNDS):
         instance_id = await world.create(policy=RESTART, labels={"fake.guest-shutdown-s": "0.02"})
         world.cut.after(commits, applied=applied)
         operation_id = world.send(InstanceStop(timeout_s=30), instance_id=instance_id)
@@ -156,7 +156,8 @@ async def test_a_crash_loop_backs_off(world: World) -> None:
     await until(lambda: len(started(world, instance_id)) == 4)
     delays = [said["delay_s"] for said in told(world, instance_id)]
     assert delays[0] == 0.0
-    assert [limit - 0.05 < delay <= limit for delay, limit in zip(delays[1:], (0.05, 0.1, 0.2), strict=True)]
+    # What is left of the pause when it is told, which on a slow machine is little.
+    assert all(0.0 <= delay <= limit for delay, limit in zip(delays[1:], (0.05, 0.1, 0.2), strict=True)), delays
     assert [said["attempt"] for said in told(world, instance_id)] == [1, 2, 3, 4]
     assert len({said["operation_id"] for said in told(world, instance_id)}) == 4
 
@@ -249,7 +250,7 @@ async def test_what_ended_while_the_agent_was_away_comes_back(world: World) -> N
 
 @pytest.mark.parametrize("applied", [False, True])
 async def test_the_agent_dies_at_every_commit_of_a_restart(world: World, applied: bool) -> None:
-    for commits in range(8):
+    for commits in range(ROUNDS):
         instance_id = await world.create(policy=RESTART)
         await world.quiet()
         world.cut.after(commits, applied=applied)
@@ -415,7 +416,7 @@ async def test_the_hypervisor_comes_up_after_the_agent(world: World) -> None:
 @pytest.mark.parametrize("applied", [False, True])
 async def test_the_agent_dies_at_every_commit_after_a_host_boot(world: World, applied: bool) -> None:
     instance_id = await world.create(start=False, policy=Policy(on_host_boot="start"))
-    for commits in range(12):
+    for commits in range(ROUNDS):
         await boot_host(world)
         await world.start(wait=False)
         world.agent._policies._pace = FAST

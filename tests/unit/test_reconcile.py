@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, new_id, spec, until
+from support.world import LIMIT_S, World, new_id, spec, until
 
 from agent.core.reconcile import reconcile
 from agent.drivers.base import PowerChanged
@@ -69,7 +69,7 @@ class Held:
             result = inner(*args)
             self.calls += 1
             self.entered.set()
-            self._go.wait(10)
+            self._go.wait(LIMIT_S)
             return result
 
         setattr(world.driver, name, held)
@@ -454,9 +454,7 @@ async def test_the_hypervisor_goes_away_in_each_phase_of_a_create(world: World, 
     world.driver.inject(Fault(call=call, hang_s=30, times=1))
     instance_id = new_id()
     operation_id = world.send(InstanceCreate(spec=spec()), instance_id=instance_id)
-    await until(lambda: world.agent.ctx.instances.find(instance_id))
-    for _ in range(50):
-        await asyncio.sleep(0)
+    await until(lambda: all(armed.left == 0 for armed in world.driver._plan._armed))
     await lose(world)
     world.driver.clear_faults()
     if call != "get":  # which may have hung a reading that no operation waits for

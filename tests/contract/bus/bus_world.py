@@ -13,7 +13,7 @@ from agent.bus.base import Binding, Bus, Delivery, Exchange, Outgoing, Queue, To
 from agent.bus.memory import MemoryBroker, MemoryBus
 from devstack.rabbitmq import PrivateBroker
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 _numbers = itertools.count(1)
 
 
@@ -41,7 +41,7 @@ class MemoryWorld:
         if user is not None:
             self.broker.configurable = False
         bus = self.unconnected(name)
-        await bus.connect(timeout_s=5)
+        await bus.connect(timeout_s=WAIT_S)
         self._buses.append(bus)
         return bus
 

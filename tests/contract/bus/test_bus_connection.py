@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from bus_world import Inbox, Names, States, World, ack, depth_becomes
+from bus_world import WAIT_S, Inbox, Names, States, World, ack, depth_becomes
 
 from agent.bus.base import Binding, Delivery, Exchange, Queue, Topology
 from agent.errors import DeadlineExceeded, FailedPrecondition, Unavailable, Unroutable
@@ -167,7 +167,7 @@ async def test_down_and_up_again(world: World, names: Names) -> None:
     await states.until(False)
     assert not bus.connected
     assert not subscription.active
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(WAIT_S):
         with pytest.raises(Unavailable):
             await bus.publish(names.command())
         with pytest.raises(Unavailable):
@@ -190,8 +190,8 @@ async def test_connect_waits_for_a_broker_and_gives_up_in_time(world: World) -> 
     bus = world.unconnected("early")
     with pytest.raises(Unavailable):
         await bus.connect(timeout_s=0.3)
-    assert asyncio.get_running_loop().time() - started < 2
-    connecting = asyncio.create_task(bus.connect(timeout_s=30))
+    assert asyncio.get_running_loop().time() - started < WAIT_S / 2
+    connecting = asyncio.create_task(bus.connect(timeout_s=WAIT_S))
     await asyncio.sleep(0)
     assert not connecting.done()
     await world.up()
@@ -228,7 +228,7 @@ async def test_nothing_is_lost_over_a_restart(world: World, names: Names) -> Non
                 await asyncio.sleep(0.02)
 
     publishing = asyncio.gather(*(publish_until_confirmed(body) for body in wanted[:100]))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         await halfway.wait()
     down = asyncio.create_task(world.down())
     publishing_more = asyncio.gather(*(publish_until_confirmed(body) for body in wanted[100:]))
@@ -249,7 +249,7 @@ async def test_a_deleted_queue_is_made_anew_and_consumed(world: World, names: Na
     await bus.publish(names.command(b"lost with its queue"))
     lost = await inbox.one()
     await world.delete_queue(names.queue)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WAIT_S):
         while not (subscription.active and await bus.queue_depth(names.queue) == 0):
             await asyncio.sleep(0.01)
     # By its routing key, so the bindings are back too.
@@ -333,7 +333,7 @@ async def test_closing_ends_a_request_in_progress(world: World, names: Names, tu
     for _ in range(turns):
         await asyncio.sleep(0)
     await bus.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_S):
         outcomes = await requests
     for outcome in outcomes:
         assert outcome is None or isinstance(outcome, int | Unavailable | Unroutable), repr(outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from bus_world import Inbox, Names, World, ack, depth_becomes
+from bus_world import WAIT_S, Inbox, Names, World, ack, depth_becomes
 
 from agent.bus.base import Binding, Delivery, Exchange, Outgoing, Queue, Topology
 from agent.errors import FailedPrecondition, InvalidArgument, Unavailable, Unroutable
@@ -293,7 +293,7 @@ async def test_a_missing_exchange_is_named_and_the_bus_goes_on(world: World, nam
     assert isinstance(outcome, FailedPrecondition)
     assert outcome.code == "bus_no_exchange"
     assert "missing" in outcome.message
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT_S):
         while True:
             try:
                 await bus.publish(names.command(b"after"))

@@ -38,7 +38,7 @@ from agent.messages.events import PowerState
 from agent.messages.life import ORDINARY
 from agent.messages.spec import InstanceSpec
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Limit of every wait; a passing test never reaches it."""
 
 PREFIX = "contract-"

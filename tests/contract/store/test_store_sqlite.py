@@ -94,7 +94,7 @@ async def test_a_file_that_is_no_journal_ends_the_opening(path: Path, what: str)
             db.execute("DELETE FROM meta WHERE key='epoch'")
             db.commit()
     store = SqliteStore(path)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises((Unavailable, Internal)):
             await store.open(compute_id="c1", host="h1")
         with pytest.raises(Unavailable):

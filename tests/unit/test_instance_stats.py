@@ -7,9 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from controller_agent import INSTANCE, lines_of_json, reject, succeed
+from controller_agent import INSTANCE, Ctl, lines_of_json, reject, succeed
 from support.world import World
-from test_controller_cli import Ctl
 
 from agent.controller import commands_stats
 from agent.controller.rates import rates
