@@ -187,7 +187,7 @@ class Agent:
         broker = asyncio.create_task(self._connect_bus())
         try:
             interrupted = await self._store.operations(unfinished=True)
-            self._runner.expect(interrupted)  # half-made instances are no drift
+            self._runner.open.expect(interrupted)  # half-made instances are no drift
             await self._connect_driver()
             self._recovered = await self._runner.resume(interrupted)
             self._images.who_uses = Usage(self.ctx, self._runner)  # not before: an interrupted command uses its image
@@ -274,7 +274,7 @@ class Agent:
         """Drain within `drain_timeout_s`, publish what there is to tell, close. Unfinished work stays journaled."""
         notify("STOPPING=1")
         limit_s = self.settings.agent.drain_timeout_s
-        log.info("agent.stopping", operations=self._runner.in_flight, limit_s=limit_s)
+        log.info("agent.stopping", operations=len(self._runner.open), limit_s=limit_s)
         self.ctx.state.ready = False
         await self._cancel_task("start")  # it could begin to consume while we drain
         if self._subscription is not None:
@@ -317,7 +317,7 @@ class Agent:
         last = [self._lanes.moved, 0]
 
         def moving() -> bool:
-            stands = self._runner.at_work and self._lanes.moved == last[0]
+            stands = self._runner.open.at_work and self._lanes.moved == last[0]
             # What stands because of the hypervisor or the disk would stand after a restart too.
             away = not self.ctx.state.connected.is_set() or self.ctx.journal.problem is not None
             excused = self.ctx.executor.stuck > 0 or away

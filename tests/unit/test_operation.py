@@ -11,7 +11,7 @@ import pytest
 from support.rig import INSTANCE, Rig
 from support.world import Cut, until
 
-from agent.core import runner as runner_module
+from agent.core import announcement, attempt
 from agent.core.operation import Operation
 from agent.errors import (
     Cancelled,
@@ -103,7 +103,7 @@ async def test_expired_while_waiting_for_its_turn(rig: Rig, monkeypatch: pytest.
     first = await rig.submit("instance.stop")
     at = datetime.now(UTC) + timedelta(seconds=60)
     second = await rig.submit(expirytime=at.isoformat())
-    monkeypatch.setattr(runner_module, "now", lambda: at)
+    monkeypatch.setattr(attempt, "now", lambda: at)
     gate.set()
     await rig.ended(first)
     record = await rig.ended(second)
@@ -208,7 +208,7 @@ async def test_what_cannot_be_undone_is_pending_and_keeps_what_lies_below_it(rig
     assert record.undo_pending
     assert rig.log == ["a"]
     assert rig.finals(record.id)[0][1]["undone"] is False
-    assert INSTANCE in rig.runner.busy_instances()
+    assert INSTANCE in rig.runner.open.busy_instances()
 
     state["stubborn"] = False
     kept = await rig.store.operation(record.id)
@@ -221,7 +221,7 @@ async def test_what_cannot_be_undone_is_pending_and_keeps_what_lies_below_it(rig
     assert not after.undo_pending
     assert after.final_sequence == record.final_sequence, "a duplicate still has to find its answer"
     assert len(rig.finals(record.id)) == 1
-    assert INSTANCE not in rig.runner.busy_instances()
+    assert INSTANCE not in rig.runner.open.busy_instances()
 
 
 async def test_a_pending_undo_is_taken_up_after_a_restart(rig: Rig) -> None:
@@ -357,7 +357,7 @@ async def crash_at(rig: Rig, commits: int, *, applied: bool) -> tuple[str, Rig]:
 async def test_crash_at_every_commit_then_resume(
     rig: Rig, commits: int, applied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "SILENCE_S", 60)
+    monkeypatch.setattr(announcement, "SILENCE_S", 60)
     three_steps(rig)
     operation_id, again = await crash_at(rig, commits, applied=applied)
     await again.resume()
@@ -381,7 +381,7 @@ async def test_crash_while_undoing_finishes_the_undoing(
     rig: Rig, tail: str, applied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where every step was done and the failure came after them: it must not end as a success."""
-    monkeypatch.setattr(runner_module, "SILENCE_S", 60)
+    monkeypatch.setattr(announcement, "SILENCE_S", 60)
     three_steps(rig, fail_in="" if tail else "c", tail=tail)
     operation_id, again = await crash_at(rig, 4, applied=applied)  # three steps, undoing, [final]
     if applied:
@@ -405,12 +405,12 @@ async def test_an_operation_that_kills_the_agent_before_its_first_step_is_given_
     rig.route("instance.start", deadly)
     operation_id = await rig.submit()
     current = rig
-    for _ in range(runner_module.MAX_ATTEMPTS + 3):
+    for _ in range(attempt.MAX_ATTEMPTS + 3):
         if current.runner.find(operation_id) is None:
             break
         count = len(rig.log)
-        await until(lambda count=count, current=current: len(rig.log) > count or not current.runner.in_flight)
-        if not current.runner.in_flight:
+        await until(lambda count=count, current=current: len(rig.log) > count or not len(current.runner.open))
+        if not len(current.runner.open):
             break
         await current.die()
         current = await current.reborn()
@@ -418,7 +418,7 @@ async def test_an_operation_that_kills_the_agent_before_its_first_step_is_given_
     record = await current.ended(operation_id)
     assert record.state == "failed"
     assert record.error_code == "too_many_attempts"
-    assert len(rig.log) <= runner_module.MAX_ATTEMPTS + 1
+    assert len(rig.log) <= attempt.MAX_ATTEMPTS + 1
 
 
 async def test_resume_keeps_the_order_of_arrival(rig: Rig) -> None:
