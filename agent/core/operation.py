@@ -78,6 +78,7 @@ class Operation:
         self._lasting = False
         self._hushed = False
         self._cancel_asked = asyncio.Event()
+        self._long_calls: list[CallContext] = []
         self.waits = False
         """Whether it waits for a guest or an image: for hours, if the command says so, and with a limit of its own."""
 
@@ -202,7 +203,11 @@ class Operation:
                 loop.call_soon_threadsafe(self.progress, percent)
 
         context = CallContext(progress=progress, cancelled=lambda: self.record.cancel_requested)
-        return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
+        self._long_calls.append(context)
+        try:
+            return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
+        finally:
+            self._long_calls.remove(context)
 
     async def _keyed(
         self, pool: PoolName, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
@@ -275,6 +280,8 @@ class Operation:
         """Ask the operation to end: at once if its step allows it, else before its next step."""
         self.record.cancel_requested = True
         self._cancel_asked.set()
+        for context in self._long_calls:
+            context.wake()
         if self._cancellable is not None and not self._past_return:
             self._cancellable.cancel()
 

@@ -23,6 +23,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.events import OperationSucceeded
+from agent.store.base import Change
 from agent.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -436,6 +437,34 @@ async def test_resume_keeps_the_order_of_arrival(rig: Rig) -> None:
     await again.resume()
     await again.idle()
     assert rig.log == ids
+
+
+async def test_a_resumed_operation_says_once_that_it_started(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its silence ends while the commit of the new attempt is on its way."""
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        await gate.wait()
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await rig.die()
+    again = await rig.reborn()
+    begun = len(again.committed)
+    commit = again.journal.commit
+
+    async def slow(*changes: Change) -> Any:
+        if any(change.operation is not None for change in changes):
+            await asyncio.sleep(0.05)
+        return await commit(*changes)
+
+    monkeypatch.setattr(again.journal, "commit", slow)
+    await again.resume()
+    await until(lambda: "operation.started" in again.kinds(operation_id)[begun:])
+    await asyncio.sleep(0.05)
+    gate.set()
+    await again.ended(operation_id)
+    assert again.kinds(operation_id)[begun:] == ["operation.accepted", "operation.started", "operation.succeeded"]
 
 
 async def test_a_command_that_this_version_cannot_read_ends_once(rig: Rig) -> None:
