@@ -15,7 +15,7 @@ import click
 from agent.errors import FailedPrecondition, NotFound
 from agent.handlers.operation import operation_view
 from agent.store.base import OperationRecord
-from agent.store.sqlite import JournalFile
+from agent.store.file import JournalFile
 
 
 @contextlib.contextmanager

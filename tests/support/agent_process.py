@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from agent.core.failpoints import VARIABLE
 from agent.store.base import OperationRecord
-from agent.store.sqlite import JournalFile
+from agent.store.file import JournalFile
 
 START_S = 30.0
 _ROOT = Path(__file__).resolve().parents[2]

@@ -160,7 +160,7 @@ class World:
             *agent._lanes._tasks,
             *agent._events._tasks,
             *agent._policies._tasks,
-            *(task for task in asyncio.all_tasks() if "Announcement._commit" in repr(task) or "Operation._publish" in repr(task)),
+            *(task for task in asyncio.all_tasks() if "Announcement._commit" in repr(task) or "ProgressReports._commit" in repr(task)),
         ]
         agent._runner.stop()
         for task in tasks:

@@ -13,6 +13,7 @@ from support.world import Cut, until
 
 from agent.core import announcement, attempt
 from agent.core.operation import Operation
+from agent.drivers.base import CallContext
 from agent.errors import (
     Cancelled,
     ComputeError,
@@ -515,6 +516,30 @@ async def test_cancel_before_the_next_step(rig: Rig) -> None:
     assert rig.log == ["a", "undo a"]
 
 
+async def test_cancel_ends_the_wait_of_a_driver_call_at_once(rig: Rig) -> None:
+    waiting = threading.Event()
+
+    def call(context: CallContext) -> None:
+        woken = threading.Event()
+        with context.waking(woken):
+            waiting.set()
+            assert woken.wait(60)
+        assert context.cancelled()
+        raise Cancelled("as asked")
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            await op.long(call)
+
+        await op.step("a", do)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(waiting.is_set)
+    await rig.runner.cancel(operation_id)
+    assert (await rig.ended(operation_id)).state == "cancelled"
+
+
 async def test_cancel_in_a_cancellable_step_ends_it_at_once(rig: Rig) -> None:
     async def handler(op: Operation, _data: Any) -> None:
         async def do() -> None:
@@ -659,7 +684,7 @@ async def test_no_progress_of_a_late_thread_follows_the_final_event(rig: Rig) ->
     rig.route("instance.start", handler)
     operation_id = await rig.submit(reportprogress=True)
     await rig.ended(operation_id)
-    kept[0]._last_progress = -1e9
+    kept[0]._reports._last = -1e9
     kept[0].progress(50)
     for _ in range(5):
         await asyncio.sleep(0)
