@@ -156,7 +156,7 @@ class World:
         agent = self.agent
         agent._policies._begun = False
         tasks = [
-            *agent._tasks,
+            *agent._tasks.running(),
             *agent._lanes._tasks,
             *agent._events._tasks,
             *agent._policies._tasks,
