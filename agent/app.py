@@ -50,6 +50,7 @@ from agent.periodic import Chores, Heartbeat, every
 from agent.policy import BOOT_KEY, Policies
 from agent.store.base import Change, Store
 from agent.store.sqlite import SqliteStore
+from agent.tasks import Tasks
 
 log = structlog.get_logger("agent")
 T = TypeVar("T")
@@ -70,11 +71,10 @@ class Agent:
         self.state_dir = settings.agent.state_dir
         self._journal_path = self.state_dir / "journal.sqlite"
         self._store = store or SqliteStore(self._journal_path)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(failed=self.ask_to_stop)
         self._subscription: Subscription | None = None
         self._stopping = asyncio.Event()
         self._ready = asyncio.Event()
-        self._failure: BaseException | None = None
         self._recovered = 0
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -89,37 +89,48 @@ class Agent:
         self._health = HealthServer(settings.health.listen, self.not_ready)
         self.health_port = await self._health.start()
         log.info("health.listening", port=self.health_port)
-        self._own("events", self._events.run())
-        self._own("dispatch", self._dispatcher.run())
+        self._tasks.own("events", self._events.run())
+        self._tasks.own("dispatch", self._dispatcher.run())
         self._start_chores()
-        self._own("start", self._come_up())
+        self._tasks.own("start", self._come_up())
 
     async def _open(self) -> None:
-        settings, name = self.settings, self.settings.agent.host
+        """Open the journal, put the parts together, and let them know what the journal has."""
         await asyncio.to_thread(_make_directory, self.state_dir)
         self.compute_id = await asyncio.to_thread(compute_id, self.state_dir, self._journal_path)
-        identity = await self._store.open(compute_id=self.compute_id, host=name)
-        journal = Journal(self._store, host=name)
+        identity = await self._store.open(compute_id=self.compute_id, host=self.settings.agent.host)
+        journal = Journal(self._store, host=self.settings.agent.host)
         journal.epoch = identity.epoch
         journal.last_sequence = await self._store.last_sequence()
+        self._make_context(journal)
+        self._make_core()
+        self._make_edges()
+        await self._outbox.start(journal.last_sequence)
+        self.ctx.instances.load(await self._store.instances())
+        kept = await self._store.settings()
+        self.ctx.state.enabled = kept.get(host.ENABLED_KEY, "1") == "1"
+        self.ctx.state.disabled_reason = kept.get(host.REASON_KEY) or None
+        await self._images.clean_partials()
+
+    def _make_context(self, journal: Journal) -> None:
+        """Make what every handler works with."""
+        settings = self.settings
         executor = DriverExecutor(
             {"query": settings.threads.query, "mutate": settings.threads.mutate, "long": settings.threads.long},
             max_stuck=settings.threads.max_stuck,
         )
-        loop = asyncio.get_running_loop()
-        sink: list[HypervisorEvents] = []
-        driver = _make_driver(settings, self.state_dir, lambda event: sink[0].sink(event))  # noqa: PLW0108 - made later
-        self._images = images = ImageCache(self.state_dir / "images", settings.images)
+        self._images = ImageCache(self.state_dir / "images", settings.images)
         self.ctx = Context(
-            host=name,
+            host=settings.agent.host,
             compute_id=self.compute_id,
             version=__version__,
-            driver=driver,
+            # The events' sink is made later.
+            driver=_make_driver(settings, self.state_dir, lambda event: self._events.sink(event)),  # noqa: PLW0108
             executor=executor,
             journal=journal,
             instances=Instances(),
             capacity=Capacity(settings.capacity.build()),
-            images=images,
+            images=self._images,
             exports=Exports(settings.exports, self.state_dir / "exports"),
             max_snapshots=settings.snapshots.max_per_instance,
             deadlines=settings.deadlines.build(),
@@ -127,7 +138,10 @@ class Agent:
         )
         journal.on_problem = self._journal_problem
         journal.resolve_instances(self.ctx.instances.find)
-        lanes = settings.lanes
+
+    def _make_core(self) -> None:
+        """Make what runs operations."""
+        settings, lanes = self.settings, self.settings.lanes
         self._lanes = Lanes({"query": lanes.query, "power": lanes.power, "build": lanes.build})
         self._registry = Registry(
             (
@@ -140,24 +154,20 @@ class Agent:
         )
         self._runner = Runner(self.ctx, self._registry, self._lanes)
         self._leftovers = Leftovers(_places(settings, self.state_dir), older_than_s=settings.audit.leftover_age_s)
-        self._outbox = Outbox(self.bus, self._store, epoch=identity.epoch)
-        journal.on_events(self._outbox.offer)
-        await self._outbox.start(journal.last_sequence)
-        self._events = HypervisorEvents(self.ctx, self._runner, loop)
-        self._policies = Policies(self.ctx, self._runner)
+
+    def _make_edges(self) -> None:
+        """Make what speaks with the bus and listens to the hypervisor."""
+        self._outbox = Outbox(self.bus, self._store, epoch=self.ctx.journal.epoch)
+        self.ctx.journal.on_events(self._outbox.offer)
+        self._events = HypervisorEvents(self.ctx, self._runner, asyncio.get_running_loop())
         self._events.on_connection = self._hypervisor_state
-        sink.append(self._events)
+        self._policies = Policies(self.ctx, self._runner)
         self._dispatcher = Dispatcher(self.ctx, self.bus, self._registry, self._runner)
         self._heartbeat = Heartbeat(
-            self.ctx, self.bus, self._runner, self._outbox, interval_s=settings.periodic.heartbeat_s
+            self.ctx, self.bus, self._runner, self._outbox, interval_s=self.settings.periodic.heartbeat_s
         )
         self.ctx.heartbeat_now = self._heartbeat.ask
         self.bus.on_state(self._bus_state)
-        self.ctx.instances.load(await self._store.instances())
-        kept = await self._store.settings()
-        self.ctx.state.enabled = kept.get(host.ENABLED_KEY, "1") == "1"
-        self.ctx.state.disabled_reason = kept.get(host.REASON_KEY) or None
-        await images.clean_partials()
 
     def _start_chores(self) -> None:
         periodic = self.settings.periodic
@@ -170,24 +180,24 @@ class Agent:
             operations_s=self.settings.deadlines.operations_s,
         )
         auditor = audit.PeriodicAudit(self.ctx, self._runner, self._leftovers, repair=self.settings.audit.repair)
-        self._own("audit", every("audit", periodic.audit_s, auditor.run))
-        self._own("overdue", every("overdue", periodic.due_s, chores.overdue))
-        self._own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
-        self._own("due", every("due", periodic.due_s, lambda: issue_due(self.ctx, self._runner, now())))
-        self._own("prune", every("prune", periodic.prune_s, chores.prune))
-        self._own("images", every("images", periodic.images_s, chores.images))
-        self._own("requests", every("requests", periodic.requests_s, chores.requests))
-        self._own("gauges", every("gauges", periodic.heartbeat_s, chores.gauges))
+        self._tasks.own("audit", every("audit", periodic.audit_s, auditor.run))
+        self._tasks.own("overdue", every("overdue", periodic.due_s, chores.overdue))
+        self._tasks.own("reconcile", every("reconcile", periodic.reconcile_s, chores.reconcile))
+        self._tasks.own("due", every("due", periodic.due_s, lambda: issue_due(self.ctx, self._runner, now())))
+        self._tasks.own("prune", every("prune", periodic.prune_s, chores.prune))
+        self._tasks.own("images", every("images", periodic.images_s, chores.images))
+        self._tasks.own("requests", every("requests", periodic.requests_s, chores.requests))
+        self._tasks.own("gauges", every("gauges", periodic.heartbeat_s, chores.gauges))
         interval_s = watchdog_interval_s()
         if interval_s is not None:
-            self._own("watchdog", Watchdog(interval_s, self._moving()).run())
+            self._tasks.own("watchdog", Watchdog(interval_s, self._moving()).run())
 
     async def _come_up(self) -> None:
         """Bring up hypervisor and broker side by side; consume when the past is in its lanes."""
         broker = asyncio.create_task(self._connect_bus())
         try:
             interrupted = await self._store.operations(unfinished=True)
-            self._runner.expect(interrupted)  # half-made instances are no drift
+            self._runner.open.expect(interrupted)  # half-made instances are no drift
             await self._connect_driver()
             self._recovered = await self._runner.resume(interrupted)
             self._images.who_uses = Usage(self.ctx, self._runner)  # not before: an interrupted command uses its image
@@ -211,8 +221,8 @@ class Agent:
         await self._tried(lambda: self.bus.connect(timeout_s=FIRST_CONNECT_S))
         await self._tried(lambda: self.bus.declare(shared_topology()))
         await self._tried(lambda: self.bus.declare(host_topology(self.ctx.host)))
-        self._own("outbox", self._outbox.run())
-        self._own("heartbeat", self._heartbeat.run())
+        self._tasks.own("outbox", self._outbox.run())
+        self._tasks.own("heartbeat", self._heartbeat.run())
 
     async def _tried(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask the broker until it answers; what only a person can put right is raised."""
@@ -233,7 +243,7 @@ class Agent:
                 raise
             log.error("hypervisor.unreachable", error=exc.message)  # noqa: TRY400 - the sentence says it all
             self.ctx.state.conditions["hypervisor"] = exc.message
-            self._own("driver", self._keep_connecting())
+            self._tasks.own("driver", self._keep_connecting())
             return
         if not self.ctx.state.connected.is_set():
             await self._events.connected("connected")
@@ -252,8 +262,8 @@ class Agent:
     async def wait(self) -> None:
         """Wait until `ask_to_stop` or until a task fails. Raises what a task failed with."""
         await self._stopping.wait()
-        if self._failure is not None:
-            raise self._failure
+        if self._tasks.failure is not None:
+            raise self._tasks.failure
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the agent serves commands. Raises `Unavailable` after `timeout_s` or when a task failed."""
@@ -264,7 +274,7 @@ class Agent:
             ready.cancel()
             ended.cancel()
         if not self._ready.is_set():
-            raise Unavailable("the agent did not become ready in time") from self._failure
+            raise Unavailable("the agent did not become ready in time") from self._tasks.failure
 
     def ask_to_stop(self) -> None:
         """Make `wait` return. Safe to call from a signal handler on the loop."""
@@ -274,9 +284,9 @@ class Agent:
         """Drain within `drain_timeout_s`, publish what there is to tell, close. Unfinished work stays journaled."""
         notify("STOPPING=1")
         limit_s = self.settings.agent.drain_timeout_s
-        log.info("agent.stopping", operations=self._runner.in_flight, limit_s=limit_s)
+        log.info("agent.stopping", operations=len(self._runner.open), limit_s=limit_s)
         self.ctx.state.ready = False
-        await self._cancel_task("start")  # it could begin to consume while we drain
+        await self._tasks.cancel("start")  # it could begin to consume while we drain
         if self._subscription is not None:
             await self._quietly("cancel consumer", self._subscription.cancel(), 5.0)
         await self._policies.end()
@@ -284,9 +294,9 @@ class Agent:
         self._runner.stop()
         await self._quietly("last event", self._tell(AgentLifecycle(state="stopping", version=__version__)), 2.0)
         self._outbox.close()
-        await self._quietly("outbox", self._wait_task("outbox"), 5.0)
+        await self._quietly("outbox", self._tasks.wait("outbox"), 5.0)
         self.ctx.journal.close()
-        await self._end_tasks()
+        await self._tasks.end()
         await self._events.close()
         await self._quietly("bus", self.bus.close(), 10.0)
         await self._quietly("driver", asyncio.to_thread(self.ctx.driver.close), 10.0)
@@ -317,7 +327,7 @@ class Agent:
         last = [self._lanes.moved, 0]
 
         def moving() -> bool:
-            stands = self._runner.at_work and self._lanes.moved == last[0]
+            stands = self._runner.open.at_work and self._lanes.moved == last[0]
             # What stands because of the hypervisor or the disk would stand after a restart too.
             away = not self.ctx.state.connected.is_set() or self.ctx.journal.problem is not None
             excused = self.ctx.executor.stuck > 0 or away
@@ -340,36 +350,7 @@ class Agent:
             self.ctx.state.conditions["journal"] = problem
         self._heartbeat.ask()
 
-    # --- tasks ------------------------------------------------------------------------------------------------
-
-    def _own(self, name: str, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        log.error("agent.task_failed", task=task.get_name(), exc_info=error)
-        self._failure = self._failure or error
-        self._stopping.set()
-
-    async def _wait_task(self, name: str) -> None:
-        for task in [task for task in self._tasks if task.get_name() == name]:
-            await asyncio.wait({task})
-
-    async def _cancel_task(self, name: str) -> None:
-        tasks = [task for task in self._tasks if task.get_name() == name]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _end_tasks(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    # --- inside -----------------------------------------------------------------------------------------------
 
     async def _tell(self, event: AgentLifecycle) -> None:
         await self.ctx.journal.commit(Change(events=[self.ctx.journal.event(event)]))
@@ -381,7 +362,7 @@ class Agent:
 
     def _resume_undo(self) -> None:
         """The hypervisor is back: take up what could not be taken back while it was away."""
-        self._own("undo", self._retry_undo())
+        self._tasks.own("undo", self._retry_undo())
 
     async def _retry_undo(self) -> None:
         unfinished = await self.ctx.journal.read(lambda: self._store.operations(unfinished=True))

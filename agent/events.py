@@ -130,7 +130,7 @@ class HypervisorEvents:
                 if before is None:
                     return  # the last words of a domain that is gone
                 unchanged = self._ctx.instances.find(instance_id) is before
-                if unchanged and instance_id not in self._runner.busy_instances():
+                if unchanged and instance_id not in self._runner.open.busy_instances():
                     await reconcile(self._ctx, self._runner, resync=False)
                     return
             except ComputeError as exc:
@@ -174,7 +174,7 @@ class HypervisorEvents:
         return (
             self._ctx.instances.find(instance_id) is not None
             or instance_id in self._ctx.state.foreign
-            or instance_id in self._runner.busy_instances()
+            or instance_id in self._runner.open.busy_instances()
         )
 
     def _observe(self, change: Change, instance_id: str, power: PowerState, reason: str) -> None:

@@ -16,7 +16,7 @@ from agent.controller import render
 from agent.errors import FailedPrecondition, NotFound
 from agent.handlers.operation import operation_view
 from agent.store.base import OperationRecord
-from agent.store.sqlite import JournalFile
+from agent.store.file import JournalFile
 
 
 @contextlib.contextmanager

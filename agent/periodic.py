@@ -17,6 +17,7 @@ from agent.bus.base import Bus, Outgoing
 from agent.core.context import Context, now
 from agent.core.lanes import Lanes
 from agent.core.outbox import Outbox
+from agent.core.overdue import end_overdue
 from agent.core.reconcile import reconcile
 from agent.core.runner import Runner
 from agent.drivers.base import HostCapacity
@@ -116,7 +117,7 @@ class Heartbeat:
             conditions=conditions,
             instances=ctx.instances.counts(),
             foreign_domains=len(foreign),
-            operations_in_flight=self._runner.in_flight,
+            operations_in_flight=len(self._runner.open),
             outbox_waiting=self._outbox.waiting,
             stuck_threads=ctx.executor.stuck,
             last_sequence=ctx.journal.last_sequence,
@@ -202,7 +203,7 @@ class Chores:
 
     async def overdue(self) -> None:
         """End operations that run too long; what cannot be ended, or waits behind a stuck call, is in the heartbeat."""
-        stuck = await self._runner.end_overdue(now(), self._operations_s)
+        stuck = await end_overdue(self._ctx, self._runner, now(), self._operations_s)
         conditions = self._ctx.state.conditions
         before = conditions.pop("operations", None)
         if stuck:

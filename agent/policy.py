@@ -22,6 +22,7 @@ from agent.core.context import Context
 from agent.core.issue import issue
 from agent.core.reconcile import reconcile
 from agent.core.runner import Runner
+from agent.core.waiting import happens
 from agent.errors import ComputeError
 from agent.messages.commands import InstanceResume, InstanceStart
 from agent.messages.events import InstancePolicy
@@ -179,13 +180,13 @@ class Policies:
             while (cause := self._cause(instance_id)) is not None:
                 changed.clear()
                 due_in_s = past.last + self._pace.delay_s(past.attempts) - clock()
-                if instance_id in self._runner.busy_instances():
+                if instance_id in self._runner.open.busy_instances():
                     await changed.wait()  # no limit: whoever has it in hand lets go of it or changes it
                 elif told <= past.attempts:
                     told = past.attempts + 1
                     await self._tell(instance_id, cause, past, max(0.0, due_in_s))
                 elif due_in_s > 0:
-                    await _wait_for(changed, due_in_s)
+                    await happens(changed, due_in_s)
                 elif cause == "on-io-error" and not past.enough:
                     self._watch_room(instance_id)
                     await changed.wait()  # no limit: the watcher gives up waiting after a while
@@ -203,7 +204,7 @@ class Policies:
         operation_id = self._operation_id(instance_id, cause, past)
         accepted = await issue(self._ctx, self._runner, _command(cause), instance_id=instance_id, id=operation_id)
         # Between the end of `issue` and here nothing else has run, so our command has not begun.
-        overtaken = self._cause(instance_id) != cause or self._runner.operations_of(instance_id) != [operation_id]
+        overtaken = self._cause(instance_id) != cause or self._runner.open.acting_on(instance_id) != [operation_id]
         past.attempts += 1
         past.last = past.armed = asyncio.get_running_loop().time()
         past.least_mib, past.enough = None, False
@@ -324,8 +325,3 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="ascii").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
-
-
-async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)

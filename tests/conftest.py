@@ -18,7 +18,7 @@ from agent import log
 from agent.app import Agent
 from agent.bus.memory import MemoryBroker
 from agent.controller.client import ComputeClient
-from agent.core import runner
+from agent.core import announcement
 from agent.drivers.fake import FakeDriver
 
 # No test depends on the machine's speed, and a run of the same code finds the same. To look for what no run has found
@@ -34,7 +34,7 @@ def unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no operation say that it was accepted because it takes long: what is committed and told is then the same
     at any speed of the machine.
     """
-    monkeypatch.setattr(runner, "SILENCE_S", 3600.0)
+    monkeypatch.setattr(announcement, "SILENCE_S", 3600.0)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from agent.messages.spec import InstanceSpec
 from agent.messages.spec_disks import CdromDisk
 from agent.store.base import InstanceRecord
 
-_ROOT: Final = "root"
+ROOT: Final = "root"
+"""The name of the root disk among the disks of a spec."""
 _PAGE_PREFIX: Final = "CUSTOM_MEMORY_PAGE_"
 
 
@@ -45,12 +46,15 @@ def page_class(size_kib: int) -> str:
     return f"{_PAGE_PREFIX}{size_kib}"
 
 
+def disk_sizes(spec: InstanceSpec) -> dict[str, int]:
+    """Writable disk → size in MiB."""
+    others = {disk.name: disk.size_mib for disk in spec.disks if not isinstance(disk, CdromDisk)}
+    return {ROOT: spec.root_disk.size_mib, **others}
+
+
 def disk_gib(spec: InstanceSpec, life: Life = ORDINARY) -> int:
     """Disk claim in GiB, rounded up as Placement counts: the virtual sizes of all disks, in a resize the larger."""
-    sizes_mib = {_ROOT: spec.root_disk.size_mib}
-    for disk in spec.disks:
-        if not isinstance(disk, CdromDisk):
-            sizes_mib[disk.name] = disk.size_mib
+    sizes_mib = disk_sizes(spec)
     if life.resize is not None:
         for name, size_mib in life.resize.old.disks_mib.items():
             sizes_mib[name] = max(sizes_mib.get(name, 0), size_mib)

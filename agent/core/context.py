@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
+from agent.core.waiting import happens
 from agent.drivers.base import Capabilities, DomainInfo, Driver, PreparedImage
 from agent.exports.service import Exports
 from agent.messages.spec import ImageSource
@@ -88,12 +89,7 @@ class HostState:
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Wait until the hypervisor can be asked. False after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.connected.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await happens(self.connected, timeout_s)
 
 
 @dataclass(slots=True)

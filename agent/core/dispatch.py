@@ -15,16 +15,18 @@ import structlog
 
 from agent import metrics
 from agent.bus.base import Bus, Delivery, Outgoing
+from agent.core.announcement import accepted
+from agent.core.conclusion import conclude
 from agent.core.context import Context, now
 from agent.core.failpoints import failpoint
-from agent.core.outcome import final_event, problem_of, state_of
+from agent.core.outcome import problem_of, state_of
 from agent.core.registry import Registry
 from agent.core.runner import Runner
 from agent.errors import ComputeError, Conflict, Expired, Internal, InvalidArgument, StaleGeneration
 from agent.messages import routing
 from agent.messages.commands import Command, Refused, parse_command
 from agent.messages.events import OperationRejected, seal
-from agent.store.base import Change, Committed, OperationRecord, PendingEvent
+from agent.store.base import Change, Committed, OperationRecord
 
 log = structlog.get_logger("dispatch")
 BATCH_LIMIT = 256
@@ -143,21 +145,18 @@ class Dispatcher:
                 result = route.inline(self._ctx, command)
                 record.state = "succeeded"
                 body = result.model_dump(mode="json", exclude_none=True) if result is not None else {}
-                self._end(record, command, change, None, body)
-        except ComputeError as exc:
-            change = Change()
+                conclude(self._ctx.journal, record, command, change, result=body)
+        except Exception as exc:  # also a defect in an inline handler: it must not stop the intake
+            if not isinstance(exc, ComputeError):
+                log.exception("dispatch.unexpected_error", verb=command.verb, operation=command.id)
             record.state = state_of(exc, begun=False)
-            record.error_code = exc.code
-            self._end(record, command, change, exc, {})
-        except Exception as exc:  # a defect in an inline handler must not stop the intake
-            log.exception("dispatch.unexpected_error", verb=command.verb, operation=command.id)
+            record.error_code = problem_of(exc).code
             change = Change()
-            record.state = "failed"
-            self._end(record, command, change, exc, {})
+            conclude(self._ctx.journal, record, command, change, error=exc)
         self._batch.add(record.id)
         change.claim = replace(record)
         if not record.final and command.reportprogress:
-            change.events.append(self._event(record, command, self._runner.accepted(record)))
+            change.events.append(self._ctx.journal.event_of(record, command, accepted(record)))
         return _Arrival(delivery, change, command, record)
 
     async def _fence(self, command: Command[Any], change: Change) -> None:
@@ -180,29 +179,6 @@ class Dispatcher:
         # A repeat, or another command under a known id, is not accepted and must not make others stale.
         if command.generation > instance.generation and not await self._is_known(command.id):
             change.instances.append(self._ctx.instances.update(instance.id, generation=command.generation))
-
-    def _end(
-        self,
-        record: OperationRecord,
-        command: Command[Any],
-        change: Change,
-        error: BaseException | None,
-        result: dict[str, Any],
-    ) -> None:
-        at = record.finished_at = now()
-        pending = self._event(record, command, final_event(record, error, result, at=at))
-        record.final_body = pending.body
-        change.events.append(pending)
-        change.final_of = record.id
-
-    def _event(self, record: OperationRecord, command: Command[Any], data: Any) -> PendingEvent:
-        return self._ctx.journal.event(
-            data,
-            subject=record.instance_id,
-            traceparent=command.traceparent,
-            reply_to=record.reply_to,
-            correlation_id=record.correlation_id,
-        )
 
     async def _refuse(self, delivery: Delivery, exc: Refused) -> _Arrival:
         """Answer what is no command, and keep its bytes where people can look at them."""

@@ -114,7 +114,10 @@ class Instances:
         )
 
     async def wait_observed(self, instance_id: str, wanted: frozenset[PowerState], timeout_s: float) -> PowerState:
-        """Wait until the observed state is one of `wanted`. Raises `DeadlineExceeded`."""
+        """Wait until the observed state is one of `wanted`. Raises `DeadlineExceeded`.
+
+        Of an instance that is not there the answer is `stopped`; one that is removed meanwhile counts as stopped.
+        """
         record = self._records.get(instance_id)
         if record is None:
             return "stopped"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
+from agent.core.waiting import happens
 from agent.errors import Unavailable
+from agent.messages.commands import Command
 from agent.messages.events import EventData, render_event
 from agent.messages.routing import event_key
-from agent.store.base import Change, Committed, InstanceRecord, PendingEvent, SequencedEvent, Store
+from agent.store.base import Change, Committed, InstanceRecord, OperationRecord, PendingEvent, SequencedEvent, Store
 
 log = structlog.get_logger("journal")
 T = TypeVar("T")
@@ -61,7 +63,7 @@ class Journal:
                 if self._closing.is_set():
                     raise
             # No limit on the whole: the alternative to waiting is to forget an accepted command.
-            await _wait_for(self._closing, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            await happens(self._closing, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             delay_s = min(delay_s * 2, 5.0)
         self._set_problem(None)
         events = [event for result in done for event in result.events]
@@ -81,7 +83,7 @@ class Journal:
                 if self._closing.is_set():
                     raise
             # No limit on the whole, as for commits.
-            await _wait_for(self._closing, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+            await happens(self._closing, delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             delay_s = min(delay_s * 2, 5.0)
 
     def _refresh(self, changes: Sequence[Change]) -> None:
@@ -111,6 +113,16 @@ class Journal:
             correlation_id=correlation_id,
         )
 
+    def event_of(self, record: OperationRecord, command: Command[Any] | None, data: EventData) -> PendingEvent:
+        """Render an event of an operation, for its sender too. `command`: None where it cannot be read."""
+        return self.event(
+            data,
+            subject=record.instance_id,
+            traceparent=command.traceparent if command is not None else None,
+            reply_to=record.reply_to,
+            correlation_id=record.correlation_id,
+        )
+
     def _set_problem(self, problem: str | None) -> None:
         if problem != self.problem:
             self.problem = problem
@@ -119,10 +131,3 @@ class Journal:
                 log.error("journal.refuses", problem=problem)
             else:
                 log.info("journal.works_again")
-
-
-async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return

@@ -21,6 +21,7 @@ from pydantic_core import from_json, to_json
 
 from agent.core.context import Context
 from agent.core.failpoints import failpoint
+from agent.core.progress import ProgressReports
 from agent.drivers.base import CallContext
 from agent.drivers.executor import PoolName
 from agent.errors import (
@@ -33,7 +34,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.commands import Command
-from agent.messages.events import EventData, OperationProgress, PowerState
+from agent.messages.events import EventData, PowerState
 from agent.store.base import Change, InstanceRecord, OperationRecord, StepRecord
 
 T = TypeVar("T")
@@ -49,7 +50,6 @@ CALL_ATTEMPTS = 3
 CALL_PAUSE_S = 0.2
 AWAY = frozenset({"unavailable", "hypervisor_unreachable"})
 """Codes by which a driver says that the hypervisor is away: worth waiting for its return."""
-PROGRESS_INTERVAL_S = 0.5
 
 
 class RollBack(Exception):
@@ -70,14 +70,11 @@ class Operation:
         self._staged = Change()
         self._returned = False
         self._cancellable: asyncio.Task[Json] | None = None
-        self._loud = command.reportprogress
-        self._last_progress = 0.0
-        self._reporting: asyncio.Task[None] | None = None
-        self._phase = "waiting"
         self._past_return = False
         self._lasting = False
-        self._hushed = False
         self._cancel_asked = asyncio.Event()
+        self._reports = ProgressReports(ctx.journal, record, command)
+        self._long_calls: list[CallContext] = []
         self.waits = False
         """Whether it waits for a guest or an image: for hours, if the command says so, and with a limit of its own."""
 
@@ -133,8 +130,7 @@ class Operation:
         if past is None or self._staged.operation is not None:
             # Also where the step was begun before: that this attempt began must be known if it kills the agent.
             await self._commit(Change(steps=[begun]))
-        self._phase = name
-        self._report(OperationProgress(**self._names(), phase=name))
+        self._reports.enter(name)
         failpoint(f"{self.record.verb}:{name}:before")
         output = await self._do(do, cancellable=cancellable)
         failpoint(f"{self.record.verb}:{name}:after")
@@ -204,7 +200,11 @@ class Operation:
                 loop.call_soon_threadsafe(self.progress, percent)
 
         context = CallContext(progress=progress, cancelled=lambda: self.record.cancel_requested)
-        return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
+        self._long_calls.append(context)
+        try:
+            return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
+        finally:
+            self._long_calls.remove(context)
 
     async def _keyed(
         self, pool: PoolName, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], deadline_s: float
@@ -255,28 +255,20 @@ class Operation:
         self, percent: float | None = None, *, done_bytes: int | None = None, total_bytes: int | None = None
     ) -> None:
         """Report how far the current step is; sent at most twice a second, and only where someone wants to know."""
-        at = asyncio.get_running_loop().time()
-        if at - self._last_progress < PROGRESS_INTERVAL_S:
-            return
-        self._last_progress = at
-        if percent is None and total_bytes:
-            percent = round(100 * (done_bytes or 0) / total_bytes, 1)
-        self._report(
-            OperationProgress(
-                **self._names(), phase=self._phase, percent=percent, done_bytes=done_bytes, total_bytes=total_bytes
-            )
-        )
+        self._reports.advance(percent, done_bytes=done_bytes, total_bytes=total_bytes)
 
     # --- for the runner ---------------------------------------------------------------------------------------
 
     def speak_up(self) -> None:
         """Send progress from now on: the work outlasts what a controller waits in silence."""
-        self._loud = True
+        self._reports.speak_up()
 
     def cancel(self) -> None:
         """Ask the operation to end: at once if its step allows it, else before its next step."""
         self.record.cancel_requested = True
         self._cancel_asked.set()
+        for context in self._long_calls:
+            context.wake()
         if self._cancellable is not None and not self._past_return:
             self._cancellable.cancel()
 
@@ -311,9 +303,7 @@ class Operation:
 
     async def hush(self) -> None:
         """Send no more progress, and wait for the last report: none may come after the final event."""
-        self._hushed = True
-        if self._reporting is not None:
-            await asyncio.gather(self._reporting, return_exceptions=True)
+        await self._reports.end()
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -373,36 +363,6 @@ class Operation:
         change.events = staged.events
         change.settings = staged.settings
         await self.ctx.journal.commit(change)
-
-    def _names(self) -> dict[str, Any]:
-        return {"operation_id": self.id, "verb": self.record.verb, "instance_id": self.record.instance_id}
-
-    def _report(self, event: OperationProgress) -> None:
-        """Send a progress report unless the last one is still on its way: a slow disk must not pile them up."""
-        if not self._loud or self._hushed or (self._reporting is not None and not self._reporting.done()):
-            return
-        self._reporting = asyncio.get_running_loop().create_task(self._publish(event))
-        self._reporting.add_done_callback(_log_unsent)
-
-    async def _publish(self, event: EventData) -> None:
-        await self.ctx.journal.commit(
-            Change(
-                events=[
-                    self.ctx.journal.event(
-                        event,
-                        subject=self.record.instance_id,
-                        traceparent=self.command.traceparent,
-                        reply_to=self.record.reply_to,
-                        correlation_id=self.record.correlation_id,
-                    )
-                ]
-            )
-        )
-
-
-def _log_unsent(report: asyncio.Task[None]) -> None:
-    if not report.cancelled() and (error := report.exception()) is not None:
-        log.info("operation.progress_not_sent", error=str(error))
 
 
 def require(condition: bool, sentence: str, code: str | None = None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import structlog
 
 from agent.bus.base import Bus, Outgoing
+from agent.core.waiting import happens
 from agent.errors import ComputeError, Unavailable
 from agent.messages import routing
 from agent.messages.events import seal
@@ -139,11 +140,7 @@ class Outbox:
         elif self._closing:
             self._waiting.clear()
         else:
-            try:
-                async with asyncio.timeout(30):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await happens(self._wake, 30)
         self._failed = False
 
     def _outgoing(self, item: SequencedEvent) -> Outgoing:

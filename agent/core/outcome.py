@@ -1,4 +1,4 @@
-"""How a command ends: the one table from errors to final events."""
+"""How a command ends: from errors to final states, events, and back from what the journal has of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from agent.errors import (
     Cancelled,
     ComputeError,
     Conflict,
+    DeadlineExceeded,
     Expired,
     FailedPrecondition,
     Internal,
@@ -19,6 +20,7 @@ from agent.errors import (
     StaleGeneration,
     Unsupported,
 )
+from agent.messages.codes import ERROR_CODES
 from agent.messages.events import (
     OperationCancelled,
     OperationEvent,
@@ -30,6 +32,11 @@ from agent.messages.events import (
     Problem,
 )
 from agent.store.base import OperationRecord
+
+OVERDUE = "operation_overdue"
+"""Code of an operation that was ended because it ran too long."""
+_ERROR_OF_CODE = {row.code: row.error for row in ERROR_CODES}
+"""Code of the contract → its class: whether a retry can help is known from the code alone."""
 
 REFUSALS = (
     InvalidArgument,
@@ -84,3 +91,29 @@ def final_event(
             return OperationExpired(error=problem, **common)
         case _:
             return OperationFailed(error=problem, undone=undone, **common)
+
+
+def overdue_error() -> ComputeError:
+    """The error of an operation that was ended because it ran too long."""
+    return DeadlineExceeded(
+        "the operation ran longer than this host allows for its kind of work (deadlines.operation_*_s), and was ended",
+        code=OVERDUE,
+    )
+
+
+def error_of_interrupted(record: OperationRecord) -> ComputeError:
+    """The error of an operation that a former process began to roll back: of it, only the code is left."""
+    if record.error_code == OVERDUE:
+        return overdue_error()
+    if record.cancel_requested:
+        return Cancelled("the operation was cancelled")
+    known = _ERROR_OF_CODE.get(record.error_code or "")
+    if known is not None and known is not Internal:
+        return known(
+            "the operation failed, the agent was restarted while it was undone, and the undoing was finished then",
+            code=record.error_code,
+        )
+    return Internal(
+        "the operation failed, the agent was restarted while it was undone, and the undoing was finished after that",
+        code=record.error_code or "interrupted",
+    )

@@ -29,7 +29,7 @@ async def reconcile(ctx: Context, runner: Runner, *, resync: bool, needed: Calla
     async with ctx.state.reconciling:
         if not needed():
             return True
-        with runner.watching() as busy:
+        with runner.open.watching() as busy:
             before = {record.id: record for record in ctx.instances.all()}
             try:
                 domains = await ctx.executor.call("long", ctx.driver.recover, deadline_s=ctx.deadlines.long_s)

@@ -15,6 +15,7 @@ from agent.messages.commands import COMMANDS, Command
 if TYPE_CHECKING:
     from agent.core.context import Context
     from agent.core.operation import Operation
+    from agent.store.base import OperationRecord
 
 Handler = Callable[["Operation", Any], Awaitable[BaseModel | None]]
 InlineHandler = Callable[["Context", Command[Any]], BaseModel | None]
@@ -25,9 +26,8 @@ class Route:
     """One verb's handler.
 
     `lane`: among whose commands it takes its turn: its instance's, the host's, those of one long verb of the host, or
-    nobody's (reads). `inline`:
-    instead of `handler`, for verbs without effect that need not wait: they run while the command is accepted, and
-    acceptance and result are one commit. They may raise `ComputeError`.
+    nobody's (reads). `inline`: instead of `handler`, for verbs without effect that need not wait: they run while the
+    command is accepted, and acceptance and result are one commit. They may raise `ComputeError`.
     """
 
     verb: str
@@ -35,6 +35,12 @@ class Route:
     handler: Handler | None = None
     inline: InlineHandler | None = None
     lane: Literal["instance", "host", "audit", "drain", "none"] = "instance"
+
+    def lane_of(self, record: OperationRecord) -> str:
+        """Key of the lane in which an operation takes its turn; one of its own where it waits for nobody."""
+        if self.lane == "instance" and record.instance_id:
+            return record.instance_id
+        return self.lane if self.lane in ("host", "audit", "drain") else f"operation {record.id}"
 
 
 class Registry:

@@ -11,8 +11,10 @@ said there is no such domain; when it cannot be asked the error is `Unavailable`
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -168,10 +170,28 @@ class DriverContext:
 
 @dataclass(slots=True)
 class CallContext:
-    """Handed to long calls: they call `progress(percent)` and stop soon after `cancelled()` turns true."""
+    """Handed to long calls: they call `progress(percent)` and stop soon after `cancelled()` turns true.
+
+    A call that waits does so on a `threading.Event` that it gives to `waking`: a cancel then ends the wait at once.
+    """
 
     progress: Callable[[float], None] = field(default=lambda _percent: None)
     cancelled: Callable[[], bool] = field(default=lambda: False)
+    _waits: set[threading.Event] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def waking(self, wait: threading.Event) -> Iterator[None]:
+        """Have `wait` set by `wake` while the block runs. Ask `cancelled` inside the block before you wait."""
+        self._waits.add(wait)
+        try:
+            yield
+        finally:
+            self._waits.discard(wait)
+
+    def wake(self) -> None:
+        """Set what the call waits on, once `cancelled()` is true. From any thread, without blocking."""
+        for wait in self._waits.copy():
+            wait.set()
 
 
 class Driver(

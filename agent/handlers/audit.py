@@ -54,7 +54,7 @@ async def look(ctx: Context, runner: Runner, leftovers: Leftovers) -> Findings:
     """Read the whole ledger and compare. Instances that are busy at any time meanwhile are left out. Raises what the
     driver raises.
     """
-    with runner.watching() as busy:
+    with runner.open.watching() as busy:
         holdings = {record.id: Holding(record.spec, record.life) for record in ctx.instances.all()}
         ledger = await ctx.executor.call("long", ctx.driver.ledger, holdings, deadline_s=ctx.deadlines.long_s)
         own = await asyncio.to_thread(leftovers.find, await _operations(ctx))
@@ -165,7 +165,7 @@ async def _remove(op: Operation, item: AuditItem, runner: Runner, leftovers: Lef
 
 async def _remove_held(op: Operation, artifact: Artifact, runner: Runner) -> bool:
     owner = artifact.instance_id or artifact.name.rsplit("/", 2)[-2]  # an unfinished file is in its instance's folder
-    async with runner.holding(owner) as held:
+    async with runner.open.holding(owner) as held:
         known = op.ctx.instances.find(owner) is not None
         if not held or (known and artifact.kind != "file"):
             raise FailedPrecondition("an operation acts on its instance now", code="not_removable")

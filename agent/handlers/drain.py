@@ -61,7 +61,7 @@ class _Drain:
 
     async def settle(self) -> None:
         """Wait until no operation acts on an instance."""
-        while self._runner.acting():
+        while self._runner.open.acting():
             await self._look_again()
 
     async def _look_again(self) -> None:
@@ -71,7 +71,7 @@ class _Drain:
                 "the host was enabled while it was drained, which ends the drain", code="drain_ended"
             )
         if left_s <= 0:
-            acting = self._runner.acting()
+            acting = self._runner.open.acting()
             raise DeadlineExceeded(
                 f"{len(acting)} operations are still under way after {self._data.timeout_s:g} s; the host stays "
                 "disabled: drain it again to go on waiting, or enable it",

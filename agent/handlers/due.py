@@ -21,7 +21,7 @@ SOURCES: tuple[Due, ...] = (resize.due, restore.overdue)
 
 async def issue_due(ctx: Context, runner: Runner, at: datetime) -> None:
     """Give the commands that are due, except for instances that are busy: their turn comes again soon."""
-    busy = runner.busy_instances()
+    busy = runner.open.busy_instances()
     for record in ctx.instances.all():
         if record.id in busy:
             continue

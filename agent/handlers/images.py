@@ -58,10 +58,10 @@ class Usage:
             for sha256 in known[1]:
                 users[sha256].instances.add(record.id)
         self._seen = seen
-        for operation_id, command in self._runner.commands():
-            if command.verb not in _NO_USE:
-                for sha256 in mentioned(command.data):
-                    users[sha256].operations.add(operation_id)
+        for item in self._runner.open:
+            if item.record.verb not in _NO_USE:
+                for sha256 in mentioned(item.command.data):
+                    users[sha256].operations.add(item.record.id)
         return users
 
 

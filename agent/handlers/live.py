@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from agent.core.capacity import ROOT, disk_sizes
 from agent.core.operation import Json, Operation, require
 from agent.core.registry import Route
 from agent.drivers.base import DomainInfo
@@ -18,11 +19,9 @@ from agent.drivers.verbs.resize import GuestSizes
 from agent.errors import ComputeError, FailedPrecondition, InvalidArgument, NotFound
 from agent.handlers.observe import read_back
 from agent.handlers.sizes import (
-    ROOT,
     admit,
     back_to,
     check_sizes,
-    disk_sizes,
     generation_of,
     grow_disks,
     no_resize_pending,

@@ -29,6 +29,7 @@ async def present(op: Operation) -> DomainInfo:
 
 
 def power_result(op: Operation, *, changed: bool, forced: bool = False) -> PowerResult:
+    """What is true of the instance now, after `read_back`. Raises `NotFound`."""
     record = op.ctx.instances.get(op.instance_id)
     return PowerResult(instance_id=record.id, observed=record.observed, changed=changed, forced=forced)
 

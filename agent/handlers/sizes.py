@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from agent.core.capacity import ROOT, disk_sizes
 from agent.core.context import Context
 from agent.core.operation import Json, Operation, require
 from agent.errors import InvalidArgument
@@ -13,8 +14,6 @@ from agent.messages.spec import InstanceSpec
 from agent.messages.spec_disks import CdromDisk
 from agent.messages.verbs_resize import InstanceResize, ResizeResult
 from agent.store.base import InstanceRecord
-
-ROOT = "root"
 
 
 def sizes_of(spec: InstanceSpec) -> Sizes:
@@ -26,12 +25,6 @@ def sizes_of(spec: InstanceSpec) -> Sizes:
         max_memory_mib=spec.max_memory_mib,
         disks_mib=disk_sizes(spec),
     )
-
-
-def disk_sizes(spec: InstanceSpec) -> dict[str, int]:
-    """Writable disk → size in MiB."""
-    others = {disk.name: disk.size_mib for disk in spec.disks if not isinstance(disk, CdromDisk)}
-    return {ROOT: spec.root_disk.size_mib, **others}
 
 
 def with_disks(spec: InstanceSpec, sizes: Mapping[str, int]) -> InstanceSpec:

@@ -16,7 +16,7 @@ from support.fleet import World, spec
 
 from agent.messages import routing
 from agent.messages.commands import HostPing, InstanceCreate
-from agent.store.sqlite import JournalFile
+from agent.store.file import JournalFile
 from devstack.rabbitmq import PrivateBroker
 
 

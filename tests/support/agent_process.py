@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from agent.core.failpoints import VARIABLE
 from agent.store.base import OperationRecord
-from agent.store.sqlite import JournalFile
+from agent.store.file import JournalFile
 
 WAIT_S = 120.0
 """How long a test waits for an agent: far longer than it takes, since this only ends what hangs."""

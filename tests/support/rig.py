@@ -128,9 +128,7 @@ class Rig:
     async def die(self) -> None:
         """Cancel everything, as the end of the process does."""
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for item in self.runner._open.values():
-            if item.timer is not None:
-                item.timer.cancel()
+        self.runner.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

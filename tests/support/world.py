@@ -182,15 +182,13 @@ class World:
         agent = self.agent
         agent._policies._begun = False
         tasks = [
-            *agent._tasks,
+            *agent._tasks.running(),
             *agent._lanes._tasks,
             *agent._events._tasks,
             *agent._policies._tasks,
-            *(task for task in asyncio.all_tasks() if "Runner._tell" in repr(task) or "Operation._publish" in repr(task)),
+            *(task for task in asyncio.all_tasks() if "Announcement._commit" in repr(task) or "ProgressReports._commit" in repr(task)),
         ]
-        for item in agent._runner._open.values():
-            if item.timer is not None:
-                item.timer.cancel()
+        agent._runner.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -284,7 +282,7 @@ class World:
         """What the agent has in hand beside so many operations."""
         agent = self.agent
         work: dict[str, object] = {
-            "operations": max(0, agent._runner.in_flight - operations),
+            "operations": max(0, len(agent._runner.open) - operations),
             "lanes": max(0, agent._lanes.busy - operations),
             "outbox": agent._outbox.waiting,
             "event tasks": agent._events._tasks,

@@ -10,7 +10,7 @@ import pytest
 from blockbuster import BlockBuster
 from support.rig import Rig
 
-from agent.core import operation, runner
+from agent.core import announcement, operation
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo without pauses; say at once that work was accepted and started."""
     monkeypatch.setattr(operation, "UNDO_PAUSE_S", 0.0)
     monkeypatch.setattr(operation, "CALL_PAUSE_S", 0.0)
-    monkeypatch.setattr(runner, "SILENCE_S", 0.0)
+    monkeypatch.setattr(announcement, "SILENCE_S", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -492,3 +492,23 @@ def test_every_error_can_be_scripted(make: Make, error: str) -> None:
     with pytest.raises(ComputeError, match="as told") as caught:
         world.driver.capacity()
     assert caught.value.code == error
+
+
+def test_faults_that_are_cleared_release_a_call_that_is_just_about_to_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(DriverContext(host="h", state_dir=tmp_path, settings={}, emit=lambda _event: None))
+    driver.connect()
+    driver.inject(Fault(call="capacity", hang_s=5))
+    strike = driver._plan.strike
+
+    def struck_and_cleared(*args: Any) -> Any:
+        struck = strike(*args)
+        driver.clear_faults()
+        return struck
+
+    monkeypatch.setattr(driver._plan, "strike", struck_and_cleared)
+    began = time.monotonic()
+    driver.capacity()
+    assert time.monotonic() - began < 4.0
+    driver.close()

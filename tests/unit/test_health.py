@@ -202,11 +202,11 @@ async def test_lanes_that_stand_still_starve_the_watchdog_and_a_stuck_hypervisor
     instance_id = await world.create(labels={"fake.guest-shutdown-s": "never"})
     assert moving()
     stop = world.send(InstanceStop(timeout_s=600), instance_id=instance_id)
-    await until(lambda: any(item.operation and item.operation.waits for item in world.agent._runner._open.values()))
+    await until(lambda: any(item.operation and item.operation.waits for item in world.agent._runner.open))
     assert all(moving() for _ in range(100)), "a guest may take as long as the command allows"
     world.driver.inject(Fault(call="create_storage", hang_s=30, times=1))
     created = world.send(InstanceCreate(spec=spec()), instance_id=new_id())
-    await until(lambda: world.agent._runner.at_work)
+    await until(lambda: world.agent._runner.open.at_work)
     assert [moving() for _ in range(4)] == [True, True, False, False], "a look comes two and a half times within long_s"
     with monkeypatch.context() as patch:
         patch.setattr(type(world.agent.ctx.executor), "stuck", 1)

@@ -143,7 +143,7 @@ async def test_a_create_that_comes_while_its_leftover_is_removed_waits(world: Wo
     await world.ask(lambda: plant(world, instance_id, proven=True))
     world.driver.inject(Fault(call="remove_artifact", hang_s=30, times=1))
     repair = world.send(HostAudit(repair=True))
-    await until(lambda: instance_id in world.agent._runner._held)
+    await until(lambda: instance_id in world.agent._runner.open._held)
     create = world.send(InstanceCreate(spec=spec("late")), instance_id=instance_id)
     await until(lambda: world.agent._runner.find(create))
     world.driver.clear_faults()
@@ -278,7 +278,7 @@ async def test_drain_stops_the_guests_a_few_at_a_time(world: World) -> None:
 
     def look() -> bool:
         nonlocal most
-        most = max(most, len(world.agent._runner.acting()))
+        most = max(most, len(world.agent._runner.open.acting()))
         return bool(world.finals(drain))
 
     await until(look)
@@ -293,12 +293,12 @@ async def test_drain_stops_the_guests_a_few_at_a_time(world: World) -> None:
 async def test_drain_survives_restarts(world: World) -> None:
     stuck = await world.create("stuck", labels={"fake.guest-shutdown-s": "never"})
     drain = world.send(HostDrain(stop_instances=True, stop_timeout_s=600))
-    await until(world.agent._runner.acting)
+    await until(world.agent._runner.open.acting)
     for _ in range(2):
         await world.crash()
         await world.start()
         assert not world.agent.ctx.state.enabled
-    await until(world.agent._runner.acting)
+    await until(world.agent._runner.open.acting)
     assert not world.finals(drain)
     await world.ask(world.driver.simulate_guest_shutdown, stuck)
     done = await world.final(drain)

@@ -11,8 +11,9 @@ import pytest
 from support.rig import INSTANCE, Rig
 from support.world import Cut, until
 
-from agent.core import runner as runner_module
+from agent.core import announcement, attempt
 from agent.core.operation import Operation
+from agent.drivers.base import CallContext
 from agent.errors import (
     Cancelled,
     ComputeError,
@@ -23,6 +24,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.events import OperationSucceeded
+from agent.store.base import Change
 from agent.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -103,7 +105,7 @@ async def test_expired_while_waiting_for_its_turn(rig: Rig, monkeypatch: pytest.
     first = await rig.submit("instance.stop")
     at = datetime.now(UTC) + timedelta(seconds=60)
     second = await rig.submit(expirytime=at.isoformat())
-    monkeypatch.setattr(runner_module, "now", lambda: at)
+    monkeypatch.setattr(attempt, "now", lambda: at)
     gate.set()
     await rig.ended(first)
     record = await rig.ended(second)
@@ -208,7 +210,7 @@ async def test_what_cannot_be_undone_is_pending_and_keeps_what_lies_below_it(rig
     assert record.undo_pending
     assert rig.log == ["a"]
     assert rig.finals(record.id)[0][1]["undone"] is False
-    assert INSTANCE in rig.runner.busy_instances()
+    assert INSTANCE in rig.runner.open.busy_instances()
 
     state["stubborn"] = False
     kept = await rig.store.operation(record.id)
@@ -221,7 +223,7 @@ async def test_what_cannot_be_undone_is_pending_and_keeps_what_lies_below_it(rig
     assert not after.undo_pending
     assert after.final_sequence == record.final_sequence, "a duplicate still has to find its answer"
     assert len(rig.finals(record.id)) == 1
-    assert INSTANCE not in rig.runner.busy_instances()
+    assert INSTANCE not in rig.runner.open.busy_instances()
 
 
 async def test_a_pending_undo_is_taken_up_after_a_restart(rig: Rig) -> None:
@@ -357,7 +359,7 @@ async def crash_at(rig: Rig, commits: int, *, applied: bool) -> tuple[str, Rig]:
 async def test_crash_at_every_commit_then_resume(
     rig: Rig, commits: int, applied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "SILENCE_S", 60)
+    monkeypatch.setattr(announcement, "SILENCE_S", 60)
     three_steps(rig)
     operation_id, again = await crash_at(rig, commits, applied=applied)
     await again.resume()
@@ -381,7 +383,7 @@ async def test_crash_while_undoing_finishes_the_undoing(
     rig: Rig, tail: str, applied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where every step was done and the failure came after them: it must not end as a success."""
-    monkeypatch.setattr(runner_module, "SILENCE_S", 60)
+    monkeypatch.setattr(announcement, "SILENCE_S", 60)
     three_steps(rig, fail_in="" if tail else "c", tail=tail)
     operation_id, again = await crash_at(rig, 4, applied=applied)  # three steps, undoing, [final]
     if applied:
@@ -405,12 +407,12 @@ async def test_an_operation_that_kills_the_agent_before_its_first_step_is_given_
     rig.route("instance.start", deadly)
     operation_id = await rig.submit()
     current = rig
-    for _ in range(runner_module.MAX_ATTEMPTS + 3):
+    for _ in range(attempt.MAX_ATTEMPTS + 3):
         if current.runner.find(operation_id) is None:
             break
         count = len(rig.log)
-        await until(lambda count=count, current=current: len(rig.log) > count or not current.runner.in_flight)
-        if not current.runner.in_flight:
+        await until(lambda count=count, current=current: len(rig.log) > count or not len(current.runner.open))
+        if not len(current.runner.open):
             break
         await current.die()
         current = await current.reborn()
@@ -418,7 +420,7 @@ async def test_an_operation_that_kills_the_agent_before_its_first_step_is_given_
     record = await current.ended(operation_id)
     assert record.state == "failed"
     assert record.error_code == "too_many_attempts"
-    assert len(rig.log) <= runner_module.MAX_ATTEMPTS + 1
+    assert len(rig.log) <= attempt.MAX_ATTEMPTS + 1
 
 
 async def test_resume_keeps_the_order_of_arrival(rig: Rig) -> None:
@@ -436,6 +438,34 @@ async def test_resume_keeps_the_order_of_arrival(rig: Rig) -> None:
     await again.resume()
     await again.idle()
     assert rig.log == ids
+
+
+async def test_a_resumed_operation_says_once_that_it_started(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its silence ends while the commit of the new attempt is on its way."""
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        await gate.wait()
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await rig.die()
+    again = await rig.reborn()
+    begun = len(again.committed)
+    commit = again.journal.commit
+
+    async def slow(*changes: Change) -> Any:
+        if any(change.operation is not None for change in changes):
+            await asyncio.sleep(0.05)
+        return await commit(*changes)
+
+    monkeypatch.setattr(again.journal, "commit", slow)
+    await again.resume()
+    await until(lambda: "operation.started" in again.kinds(operation_id)[begun:])
+    await asyncio.sleep(0.05)
+    gate.set()
+    await again.ended(operation_id)
+    assert again.kinds(operation_id)[begun:] == ["operation.accepted", "operation.started", "operation.succeeded"]
 
 
 async def test_a_command_that_this_version_cannot_read_ends_once(rig: Rig) -> None:
@@ -484,6 +514,30 @@ async def test_cancel_before_the_next_step(rig: Rig) -> None:
     record = await rig.ended(operation_id)
     assert (record.state, record.cancel_requested) == ("cancelled", True)
     assert rig.log == ["a", "undo a"]
+
+
+async def test_cancel_ends_the_wait_of_a_driver_call_at_once(rig: Rig) -> None:
+    waiting = threading.Event()
+
+    def call(context: CallContext) -> None:
+        woken = threading.Event()
+        with context.waking(woken):
+            waiting.set()
+            assert woken.wait(60)
+        assert context.cancelled()
+        raise Cancelled("as asked")
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            await op.long(call)
+
+        await op.step("a", do)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(waiting.is_set)
+    await rig.runner.cancel(operation_id)
+    assert (await rig.ended(operation_id)).state == "cancelled"
 
 
 async def test_cancel_in_a_cancellable_step_ends_it_at_once(rig: Rig) -> None:
@@ -630,7 +684,7 @@ async def test_no_progress_of_a_late_thread_follows_the_final_event(rig: Rig) ->
     rig.route("instance.start", handler)
     operation_id = await rig.submit(reportprogress=True)
     await rig.ended(operation_id)
-    kept[0]._last_progress = -1e9
+    kept[0]._reports._last = -1e9
     kept[0].progress(50)
     for _ in range(5):
         await asyncio.sleep(0)

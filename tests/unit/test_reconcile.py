@@ -315,7 +315,7 @@ async def test_a_read_in_flight_does_not_make_an_instance_busy(world: World, hel
     details = held("details")
     shown = world.send(InstanceShow(), instance_id=instance_id)
     await details.begun()
-    assert world.agent._runner.busy_instances() == set()
+    assert world.agent._runner.open.busy_instances() == set()
     details.release()
     await world.final(shown)
 

@@ -42,7 +42,6 @@ _CONTENT_HEAD = struct.Struct(">HHQH")
 _CONTENT_SIZE = struct.Struct(">Q")
 _TAG = struct.Struct(">Q")
 _SHORT = struct.Struct(">H")
-_LONG = struct.Struct(">I")
 _PUBLISH_HEAD = struct.pack(">HHH", 60, 40, 0)
 
 _SHORT_STRING_MAX = 255

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -303,15 +304,15 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost, Fa
         if not self._link_up or not (self._open or connecting):
             raise Unavailable("the fake hypervisor cannot be reached")
         name, labels = self._steering(instance_id, spec)
-        self._wait(self._settings.latency_of(call), context)
-        fault = self._plan.strike(call, instance_id, name, labels)
-        if fault is not None:
-            self._wait(fault.hang_s or 0.0, context)
-            if not fault.crash_after:
-                _effect(fault, call)
+        _wait(self._settings.latency_of(call), context, self._plan.release)
+        struck = self._plan.strike(call, instance_id, name, labels)
+        if struck is not None:
+            _wait(struck.fault.hang_s or 0.0, context, struck.release)
+            if not struck.fault.crash_after:
+                _effect(struck.fault, call)
         yield
-        if fault is not None and fault.crash_after:
-            _effect(fault, call)
+        if struck is not None and struck.fault.crash_after:
+            _effect(struck.fault, call)
 
     def _steering(self, instance_id: str | None, spec: InstanceSpec | None) -> tuple[str | None, Sequence[Fault]]:
         if spec is not None:
@@ -319,22 +320,23 @@ class FakeDriver(FakeMemory, FakeResize, FakeSnapshot, FakeRebuild, FakeHost, Fa
         domain = None if instance_id is None else self._hypervisor.domains.get(instance_id)
         return (None, ()) if domain is None else (domain.name, domain.steering.faults)
 
-    def _wait(self, seconds: float, context: CallContext | None) -> None:
-        """Take a time; a long call tells its progress and stops when it is cancelled."""
-        if context is None:
-            if seconds > 0:
-                self._plan.wait(seconds)
+
+def _wait(seconds: float, context: CallContext | None, release: threading.Event) -> None:
+    """Take a time, unless released; a long call tells its progress and stops when it is cancelled."""
+    if context is None:
+        if seconds > 0:
+            release.wait(seconds)
+        return
+    began, passed = time.monotonic(), 0.0
+    while True:
+        if context.cancelled():
+            raise Cancelled("cancelled while the fake hypervisor was at work")
+        if passed >= seconds:
             return
-        began, passed = time.monotonic(), 0.0
-        while True:
-            if context.cancelled():
-                raise Cancelled("cancelled while the fake hypervisor was at work")
-            if passed >= seconds:
-                return
-            context.progress(100.0 * passed / seconds)
-            if self._plan.wait(min(_SLICE_S, seconds - passed)):
-                return
-            passed = time.monotonic() - began
+        context.progress(100.0 * passed / seconds)
+        if release.wait(min(_SLICE_S, seconds - passed)):
+            return
+        passed = time.monotonic() - began
 
 
 def _effect(fault: Fault, call: str) -> None:

@@ -41,6 +41,14 @@ class _Armed:
     key: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault that strikes a call. `release` is set when faults are cleared: the call hangs no longer then."""
+
+    fault: Fault
+    release: threading.Event
+
+
 class FaultPlan:
     """All scripted faults of one driver."""
 
@@ -68,9 +76,10 @@ class FaultPlan:
             self._release.set()
             self._release = threading.Event()
 
-    def wait(self, seconds: float) -> bool:
-        """Let a call hang; true if it was released before its time."""
-        return self._release.wait(seconds)
+    @property
+    def release(self) -> threading.Event:
+        """Set by the next `clear`: what a call waits on that is to take a time."""
+        return self._release
 
     def forget(self, instance_id: str) -> None:
         """Drop the counts of an instance's labels."""
@@ -78,7 +87,7 @@ class FaultPlan:
             for known in [key for key in self._by_label if key[0] == instance_id]:
                 del self._by_label[known]
 
-    def strike(self, call: str, instance_id: str | None, name: str | None, labels: Sequence[Fault]) -> Fault | None:
+    def strike(self, call: str, instance_id: str | None, name: str | None, labels: Sequence[Fault]) -> Struck | None:
         """Pick the fault that strikes this call, and count it."""
         if not (labels or self._armed or self._from_file):
             return None
@@ -88,11 +97,11 @@ class FaultPlan:
                     struck = self._by_label.get((instance_id, fault), 0)
                     if fault.times is None or struck < fault.times:
                         self._by_label[instance_id, fault] = struck + 1
-                        return fault
+                        return Struck(fault, self._release)
             for armed in (*self._armed, *self._from_file):
                 if armed.left != 0 and _matches(armed.fault, call, instance_id, name):
                     self._count(armed)
-                    return armed.fault
+                    return Struck(armed.fault, self._release)
         return None
 
     def refresh(self) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
+from agent.drivers.base import CallContext
 from agent.drivers.libvirt import domains, errors
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.connection import Link
 from agent.drivers.libvirt.volumes import Location
 from agent.errors import Cancelled, ComputeError, DeadlineExceeded, FailedPrecondition, Internal, ResourceExhausted
 
-_FIRST_POLL_S: Final = 0.005
-_POLL_S: Final = 0.25
+_LOOK_S: Final = 0.25
+"""How often the progress is told. The job's end is an event, which ends the wait."""
 _END_S: Final = 60.0
 # libvirtd may not have noticed yet that the QEMU it asks is gone. What it says then has no code of its own.
 _MONITOR_GONE: Final = "monitor"
@@ -58,25 +59,26 @@ def wait(
     link: Link,
     instance_id: str,
     report: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
+    call: CallContext,
     limit_s: float,
 ) -> None:
     """Wait for the end of the job. Raises `Cancelled` (the caller ends the job), `Interrupted`, `DeadlineExceeded`, and
     what the job failed of.
     """
-    deadline, pause = time.monotonic() + limit_s, _FIRST_POLL_S
-    while True:
-        if cancelled():
-            raise Cancelled("cancelled while disks were copied")
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"copying the disks took more than {limit_s:g} s")
-        stats = _look(link, instance_id)
-        if stats is not None and stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
-            return
-        if stats is not None:
-            report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
-        time.sleep(pause)
-        pause = min(pause * 1.5, _POLL_S)
+    deadline = time.monotonic() + limit_s
+    with link.listening(instance_id, call) as news:
+        while True:
+            news.clear()
+            if call.cancelled():
+                raise Cancelled("cancelled while disks were copied")
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"copying the disks took more than {limit_s:g} s")
+            stats = _look(link, instance_id)
+            if stats is not None and stats["type"] == libvirt.VIR_DOMAIN_JOB_NONE:
+                return
+            if stats is not None:
+                report(int(stats.get("disk_processed", 0)), int(stats.get("disk_total", 0)))
+            news.wait(_LOOK_S)
 
 
 def _look(link: Link, instance_id: str) -> Mapping[str, Any] | None:
@@ -114,26 +116,35 @@ def _check_success(stats: Mapping[str, Any]) -> None:
 
 def end(link: Link, instance_id: str, folder: Path) -> None:
     """End a job that copies into this folder, and wait for its end. Another's job is left alone. Idempotent."""
-    deadline, pause = time.monotonic() + _END_S, _FIRST_POLL_S
-    while True:
-        with link.call() as connection:
-            try:
-                domain = domains.find(connection, instance_id)
-                if not domain.isActive() or not _copies_into(domain, folder):
-                    return
-                if pause == _FIRST_POLL_S:
-                    domain.abortJob()
-            except libvirt.libvirtError as exc:
-                if errors.is_lost(exc):
-                    raise
-                if errors.is_code(exc, "VIR_ERR_NO_DOMAIN"):
-                    return
-                if not errors.is_code(exc, "VIR_ERR_OPERATION_INVALID"):  # it ended meanwhile
-                    raise
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded("the copying of disks could not be ended in time")
-        time.sleep(pause)
-        pause = min(pause * 1.5, _POLL_S)
+    deadline = time.monotonic() + _END_S
+    asked = False
+    # It is what ends a cancelled call, so no cancel ends it.
+    with link.listening(instance_id, CallContext()) as news:
+        while True:
+            news.clear()
+            if not _end_once(link, instance_id, folder, abort=not asked):
+                return
+            asked = True
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded("the copying of disks could not be ended in time")
+            news.wait(_LOOK_S)
+
+
+def _end_once(link: Link, instance_id: str, folder: Path, *, abort: bool) -> bool:
+    """Ask the job to end, if it is to be asked. False where there is none any more that copies into the folder."""
+    with link.call() as connection:
+        try:
+            domain = domains.find(connection, instance_id)
+            if not domain.isActive() or not _copies_into(domain, folder):
+                return False
+            if abort:
+                domain.abortJob()
+        except libvirt.libvirtError as exc:
+            if errors.is_code(exc, "VIR_ERR_NO_DOMAIN"):
+                return False
+            if not errors.is_code(exc, "VIR_ERR_OPERATION_INVALID"):  # it ended meanwhile
+                raise
+        return True
 
 
 def _copies_into(domain: Any, folder: Path) -> bool:

@@ -17,12 +17,13 @@ from typing import Any, Final
 
 import structlog
 
-from agent.drivers.base import ConnectionChanged, EventSink
+from agent.drivers.base import CallContext, ConnectionChanged, DriverEvent, EventSink
 from agent.drivers.libvirt import errors, eventloop
 from agent.drivers.libvirt.binding import constant, libvirt
 from agent.drivers.libvirt.dial import Dialer, Slot, close_quietly
 from agent.drivers.libvirt.events import Subscription
 from agent.drivers.libvirt.settings import LibvirtSettings
+from agent.drivers.libvirt.wakeups import Wakeups
 from agent.errors import ComputeError, Unavailable
 
 _log = structlog.get_logger(__name__)
@@ -77,7 +78,8 @@ class Link:
 
     def __init__(self, settings: LibvirtSettings, emit: EventSink) -> None:
         self._settings = settings
-        self._emit = emit
+        self._sink = emit
+        self._wakeups = Wakeups()
         self._state = threading.RLock()
         self._attempting = threading.Lock()
         self._dialer = Dialer(settings.uri, settings.connect_timeout_s)
@@ -158,6 +160,10 @@ class Link:
         with slot.lock, self._translated(slot):
             yield slot.connection(self.epoch)
 
+    def listening(self, instance_id: str, call: CallContext) -> contextlib.AbstractContextManager[threading.Event]:
+        """Give an event to wait on between two looks at a domain; see `Wakeups.listening`."""
+        return self._wakeups.listening(instance_id, call)
+
     @contextlib.contextmanager
     def _translated(self, slot: Slot | None) -> Iterator[None]:
         try:
@@ -214,6 +220,10 @@ class Link:
         if not usable:
             session.end()
             raise Unavailable("the connection was lost at once", code="hypervisor_unreachable")
+
+    def _emit(self, event: DriverEvent) -> None:
+        self._wakeups.take(event)
+        self._sink(event)
 
     def _announce(self, connected: bool, detail: str) -> None:
         # Under the lock, so that a loss is never announced after the return that follows it.

@@ -38,5 +38,6 @@ def _run() -> None:
             failed = True
             _log.warning("libvirt.eventloop.failed", error=str(exc))
         if failed:
-            # Never give up, since no other thread can take over; never spin either.
+            # Never give up, since no other thread can take over; never spin either. No event can end this wait, since
+            # it is the loop itself that failed.
             time.sleep(0.1)

@@ -93,7 +93,7 @@ class Exporter:
                 if not domain.isActive():
                     raise backup_job.Interrupted
                 backup_job.begin(domain, {name: (self._disks[name], path) for name, path in pushed.items()})
-            backup_job.wait(self._link, self._id, self._request.report, self._call.cancelled, self._limit_s)
+            backup_job.wait(self._link, self._id, self._request.report, self._call, self._limit_s)
         except backup_job.Interrupted:
             _remove(pushed)
             raise

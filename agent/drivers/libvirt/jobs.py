@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -25,13 +24,16 @@ _JOIN_S: Final = 2.0
 @contextlib.contextmanager
 def watched(link: Link, instance_id: str, call: CallContext) -> Iterator[None]:
     """While the block runs, tell the progress of the domain's job, and abort it when the call is cancelled."""
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(link, instance_id, call, done), name="libvirt-job", daemon=True)
+    done, news = threading.Event(), threading.Event()
+    watcher = threading.Thread(
+        target=_watch, args=(link, instance_id, call, done, news), name="libvirt-job", daemon=True
+    )
     watcher.start()
     try:
         yield
     finally:
         done.set()
+        news.set()
         # Not for ever: it may hang in a call to a QEMU that is frozen, and nothing depends on it.
         watcher.join(_JOIN_S)
 
@@ -41,16 +43,25 @@ def wait_ended(link: Link, instance_id: str, call: CallContext) -> None:
 
     Has no limit of its own; the caller's call has one. Raises `Unavailable`, `NotFound`.
     """
-    while _look(link, instance_id, call):
-        time.sleep(_LOOK_S)
+    with link.listening(instance_id, call) as news:
+        while True:
+            news.clear()
+            if not _look(link, instance_id, call):
+                return
+            news.wait(_LOOK_S)
 
 
-def _watch(link: Link, instance_id: str, call: CallContext, done: threading.Event) -> None:
-    while not done.wait(_LOOK_S):
-        try:
-            _look(link, instance_id, call)
-        except ComputeError:
-            continue  # the call that we watch finds out for itself
+def _watch(link: Link, instance_id: str, call: CallContext, done: threading.Event, news: threading.Event) -> None:
+    with call.waking(news):
+        while True:
+            news.wait(_LOOK_S)  # libvirt has no event of a job's progress
+            news.clear()
+            if done.is_set():
+                return
+            try:
+                _look(link, instance_id, call)
+            except ComputeError:
+                continue  # the call that we watch finds out for itself
 
 
 def _look(link: Link, instance_id: str, call: CallContext) -> bool:

@@ -82,6 +82,7 @@ def wait_idle(domain: Any, limit_s: float) -> None:
     ):
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"the hypervisor was busy with the guest for more than {limit_s:g} s")
+        # libvirt tells of no end of such a job, and a cancel waits too: what it takes back needs the domain idle.
         time.sleep(_POLL_S)
 
 

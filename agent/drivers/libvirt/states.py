@@ -5,7 +5,7 @@ Names stand for constants, so that a binding that is older than a name only lack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -78,21 +78,29 @@ _REASONS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 
 
+def _names(prefix: str, names: Iterable[str]) -> dict[int, str]:
+    """Number → name of the constants `<prefix>_<name>` that this libvirt has."""
+    numbers = {constant(f"{prefix}_{name}"): name for name in names}
+    return {number: name for number, name in numbers.items() if number is not None}
+
+
+def _words(prefix: str, groups: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, int], str]:
+    """(Group, number) → word of the constants `<prefix>_<group>_<name>` that this libvirt has."""
+    return {
+        (group, number): words[name]
+        for group, words in groups.items()
+        for number, name in _names(f"{prefix}_{group}", words).items()
+    }
+
+
 @cache
 def _state_table() -> dict[int, str]:
-    numbers = {constant(f"VIR_DOMAIN_{name}"): name for name in _STATES}
-    return {number: name for number, name in numbers.items() if number is not None}
+    return _names("VIR_DOMAIN", _STATES)
 
 
 @cache
 def _reason_table() -> dict[tuple[str, int], str]:
-    table = {}
-    for state, words in _REASONS.items():
-        for name, word in words.items():
-            number = constant(f"VIR_DOMAIN_{state}_{name}")
-            if number is not None:
-                table[state, number] = word
-    return table
+    return _words("VIR_DOMAIN", _REASONS)
 
 
 def of_state(state: int, reason: int, *, managed_save: bool) -> Power:
@@ -169,19 +177,12 @@ _WITHOUT_DETAIL: Final[Mapping[str, str]] = {"DEFINED": "defined", "UNDEFINED": 
 
 @cache
 def _event_table() -> dict[int, str]:
-    numbers = {constant(f"VIR_DOMAIN_EVENT_{name}"): name for name in _EVENTS}
-    return {number: name for number, name in numbers.items() if number is not None}
+    return _names("VIR_DOMAIN_EVENT", _EVENTS)
 
 
 @cache
 def _detail_table() -> dict[tuple[str, int], str]:
-    table = {}
-    for event, (_power, words) in _EVENTS.items():
-        for name, word in words.items():
-            number = constant(f"VIR_DOMAIN_EVENT_{event}_{name}")
-            if number is not None:
-                table[event, number] = word
-    return table
+    return _words("VIR_DOMAIN_EVENT", {event: words for event, (_power, words) in _EVENTS.items()})
 
 
 def of_event(event: int, detail: int) -> Power | None:

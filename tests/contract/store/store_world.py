@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from agent.errors import Unavailable
 from agent.messages.spec import InstanceSpec, RootDisk
 from agent.store.base import Change, Identity, InstanceRecord, OperationRecord, PendingEvent, Store
+from agent.store.file import JournalFile
 from agent.store.memory import MemoryStore
-from agent.store.sqlite import JournalFile, SqliteStore
+from agent.store.sqlite import SqliteStore
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 

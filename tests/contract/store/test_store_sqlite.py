@@ -15,7 +15,8 @@ from store_world import AT, SqliteKind, big, ended, event, instance, operation
 
 from agent.errors import FailedPrecondition, Internal, Unavailable
 from agent.store.base import Change
-from agent.store.sqlite import JournalFile, SqliteStore
+from agent.store.file import JournalFile
+from agent.store.sqlite import SqliteStore
 
 
 @pytest.fixture
