@@ -389,6 +389,8 @@ async def test_the_policy_of_an_adopted_instance_can_be_set_and_is_followed(worl
     await world.ask(world.driver.simulate_guest_shutdown, domain)
     await until(lambda: any(e.kind == "instance.policy" and e.data["cause"] == "on-stop" for e in world.events))
     await until(lambda: world.agent.ctx.instances.get(domain).observed == "running")
+    await world.quiet()
+    assert (instances_dir(world) / domain).exists(), "its console's log is the agent's"
     assert (await audit(world))["items"] == []
 
 

@@ -31,7 +31,7 @@ class FakeHost(Parts):
                 for domain in self._hypervisor.domains
                 if domain.owned
             ]
-            present += self._folders()
+            present += self._folders(holdings)
             return Ledger(tuple(present), tuple(self._missing(holdings)))
 
     def remove_artifact(self, artifact: Artifact) -> bool:
@@ -84,10 +84,11 @@ class FakeHost(Parts):
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _folders(self) -> Iterator[Artifact]:
+    def _folders(self, known: Mapping[str, Holding]) -> Iterator[Artifact]:
         folder = self._hypervisor.disks.folder
         for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
-            proof = self._proof(path)
+            # An adopted guest's folder has its console and no disk of ours; that we know the instance is proof enough.
+            proof = self._proof(path) or ("instance" if path.name in known else None)
             yield Artifact(
                 "folder",
                 str(path),
