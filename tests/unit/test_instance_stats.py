@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from support.world import World
 from agent.controller import commands_stats
 from agent.controller.rates import rates
 from agent.drivers.fake.settings import Fault
+from agent.drivers.libvirt import verbs_stats
 from agent.drivers.libvirt.counters import Counters
 from agent.messages.commands import InstancePause, InstanceReboot, InstanceResume, InstanceStart, InstanceStop
 from agent.messages.spec import BridgeNic, UserNic
@@ -126,6 +129,32 @@ def test_a_table_without_qemus_part() -> None:
     assert (disk.read_bytes, disk.allocation_bytes, disk.physical_bytes) == (None, 10, 20)
     assert found.disk("data", "vdb", (None, None), True).physical_bytes is None
     assert found.nic(0, None).rx_bytes is None
+
+
+def test_many_frozen_guests_take_only_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond the limit are answered without QEMU, and QEMU is asked again when one has answered."""
+    monkeypatch.setattr(verbs_stats, "_TURN_S", 0.0)
+    asked: list[bool] = []
+
+    class Driver:
+        _settings = SimpleNamespace(containers=False, simulated=False)
+        _asking = threading.BoundedSemaphore(2)
+
+        def _qemu(self, *_args: Any, ask_guest: bool) -> None:
+            asked.append(ask_guest)
+            if len(asked) < 4:  # while this one hangs, another comes
+                read()
+
+    driver: Any = Driver()
+
+    def read() -> None:
+        verbs_stats.LibvirtStats.stats(driver, INSTANCE, spec)
+
+    spec: Any = None
+    read()
+    assert asked == [True, True, False, False]
+    read()
+    assert asked[4:] == [True]
 
 
 def test_a_balloon_that_never_spoke() -> None:
