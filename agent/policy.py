@@ -249,7 +249,9 @@ class Policies:
         """Look at the free space, with one call for all guests that wait for it, until none does."""
         clock = asyncio.get_running_loop().time
         while self._thirsty:
-            specs = {one: self._ctx.instances.get(one).spec for one in self._thirsty if self._ctx.instances.find(one)}
+            records = [record for one in self._thirsty if (record := self._ctx.instances.find(one)) is not None]
+            # An adopted guest's disks are where they were: the room beside our own says nothing about them.
+            specs = {record.id: record.spec for record in records if record.life.adopted is None}
             try:
                 rooms = await self._ctx.executor.call(
                     "query", self._ctx.driver.room_mib, specs, deadline_s=self._ctx.deadlines.query_s

@@ -34,9 +34,17 @@ class Images(Protocol):
         """The quota of the cache."""
 
     async def prepare(
-        self, source: ImageSource, progress: Callable[[int, int | None], None], *, boot_file: bool = False
+        self,
+        source: ImageSource,
+        progress: Callable[[int, int | None], None],
+        *,
+        boot_file: bool = False,
+        ours: bool = False,
     ) -> PreparedImage:
-        """Return the image, fetched and verified if it is not in the cache yet. `boot_file`: a kernel or ramdisk."""
+        """Return the image, fetched and verified if it is not in the cache yet.
+
+        `boot_file`: a kernel or ramdisk. `ours`: its sha256 comes from this agent, so it needs no signature.
+        """
 
     async def images(self) -> list[CachedImage]:
         """List the cache."""

@@ -136,14 +136,15 @@ async def prepared_images(op: Operation, spec: InstanceSpec) -> dict[str, Prepar
     return {name: await prepared_image(op, name, source) for name, source in images_of(spec).items()}
 
 
-async def prepared_image(op: Operation, name: str, source: ImageSource) -> PreparedImage:
-    """Fetch and verify one image in a step of its own."""
+async def prepared_image(op: Operation, name: str, source: ImageSource, *, ours: bool = False) -> PreparedImage:
+    """Fetch and verify one image in a step of its own. `ours`: an export of this agent, which nobody has signed."""
 
     async def fetch() -> Json:
         image = await op.ctx.images.prepare(
             source,
             lambda done, total: op.progress(done_bytes=done, total_bytes=total),
             boot_file=name in {BOOT_KERNEL, BOOT_INITRD},
+            ours=ours,
         )
         return {"path": str(image.path), "format": image.format, "virtual_size_bytes": image.virtual_size_bytes}
 

@@ -179,7 +179,7 @@ async def pause(op: Operation, _data: InstancePause) -> PowerResult:
     """Stop the vCPUs of a running guest."""
     info = await present(op)
     require(
-        info.power in ("running", "paused"),
+        info.power in ("running", "paused") or op.begun,
         f"only a running instance can be paused, this one is {info.power}",
         code="instance_not_running",
     )

@@ -161,7 +161,8 @@ async def _bring_back(
         source = ImportedDisk(disk.name, _in_store(op, url), disk.sha256)
     else:
         image = ImageSource(url=url, sha256=disk.sha256, format="qcow2")
-        source = ImportedDisk(disk.name, (await prepared_image(op, f"shelved-{disk.name}", image)).path, None)
+        fetched = await prepared_image(op, f"shelved-{disk.name}", image, ours=True)
+        source = ImportedDisk(disk.name, fetched.path, None)
 
     async def import_it() -> Json:
         await op.long(op.ctx.driver.import_disk, op.instance_id, spec, source)

@@ -1,4 +1,4 @@
-"""An HTTP server that takes uploads, and may fail, redirect or stall before it does."""
+"""An HTTP server that takes uploads and gives them back, and may fail, redirect or stall before it does."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class Uploads:
         if request.method == "DELETE":
             found = self.received.pop(name, None)
             return web.Response(status=204 if found else 404)
+        if request.method in {"GET", "HEAD"}:
+            return web.Response(body=self.bodies[name]) if name in self.received else web.Response(status=404)
         self.lengths.append(request.content_length)
         if self.answers:
             status = self.answers.pop(0)

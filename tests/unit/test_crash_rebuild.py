@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.crash import agrees
+from support.uploads import Uploads
 from support.world import ROUNDS, World, until
 
 from agent.drivers.fake.settings import Fault
@@ -235,6 +236,24 @@ async def test_an_export_that_was_changed_is_refused(world: World) -> None:
     assert (final.kind, final.data["error"]["code"]) == ("operation.failed", "image_checksum_mismatch")
     await world.quiet()
     await shelved(world, instance_id, True)
+
+
+async def test_an_export_on_a_server_needs_no_signature(tmp_path: Path, no_blocking: object) -> None:
+    """Where every image must be signed too: the agent knows the sha256 of what it made itself."""
+    world = await World(tmp_path, images={"require_signature": True}, exports={"allowed_hosts": ["127.0.0.1"]}).open()
+    await world.start()
+    async with Uploads() as server:
+        instance_id = await with_two_disks(world)
+        target = ExportTarget(url=server.url("{disk}.qcow2"))
+        assert (await world.do(InstanceShelve(target=target), instance_id=instance_id)).kind == "operation.succeeded"
+        assert set(server.received) == {"root.qcow2", "data.qcow2"}
+        done = await world.do(InstanceUnshelve(), instance_id=instance_id)
+        assert done.kind == "operation.succeeded", done.data
+        await world.quiet()
+        assert world.agent.ctx.instances.get(instance_id).life.shelf is None
+        assert server.received == {}
+    await world.stop()
+    await world.close()
 
 
 async def test_an_unshelve_needs_room(world: World) -> None:
