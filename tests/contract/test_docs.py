@@ -51,12 +51,15 @@ def _name(node: ast.AST) -> str:
 def _codes_of(tree: ast.AST) -> list[tuple[str, str]]:
     """Every code that a module can give an error, with the class that it is given to ("" if not visible)."""
     found: list[tuple[str, str]] = []
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    named = {name: node.value for node in assigned if (name := _name(node.targets[0])).isupper()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = _name(node.func)
             for keyword in node.keywords:
                 if keyword.arg == "code":
-                    found += [(code, called) for code in _constants(keyword.value)]
+                    value = named.get(_name(keyword.value), keyword.value)
+                    found += [(code, called) for code in _constants(value)]
             if called in CLASSES and not any(keyword.arg == "code" for keyword in node.keywords):
                 found.append((CLASSES[called].default_code, called))
             if called == "Rule" and len(node.args) > 2:  # the libvirt driver's table: code, class, our code
