@@ -61,14 +61,14 @@ class LanesSection(Section):
 
     query: Count = Field(default=16, description="Reads.")
     power: Count = Field(default=16, description="Start, stop, reboot, pause, resume, delete.")
-    build: Count = Field(default=12, description="Create.")
+    build: Count = Field(default=16, description="Create.")
 
 
 class ThreadsSection(Section):
     """Driver threads: one hypervisor connection each."""
 
     query: Count = Field(default=4, description="Threads for reads.")
-    mutate: Count = Field(default=12, description="Threads for changes.")
+    mutate: Count = Field(default=16, description="Threads for changes.")
     long: Count = Field(default=4, description="Threads for long work: disks, full re-reads.")
     max_stuck: Count = Field(
         default=16, description="Stuck threads per pool that are replaced before calls are refused."
