@@ -54,7 +54,7 @@ def journal(context: click.Context, state_dir: Path) -> None:
 
 @journal.command("ls")
 @click.option("--open", "unfinished", is_flag=True, help="Only what has not ended, or left something behind.")
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def list_command(path: Path, unfinished: bool, limit: int, as_json: bool) -> None:

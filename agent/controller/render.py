@@ -110,7 +110,7 @@ def _flat(value: Any, name: str) -> Iterable[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+    elif isinstance(value, list) and any(item is None or isinstance(item, Mapping | list) for item in value):
         for index, item in enumerate(value):
             yield from _flat(item, f"{name}.{index}")
     elif isinstance(value, Mapping | list):
