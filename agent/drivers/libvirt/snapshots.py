@@ -95,8 +95,8 @@ def refuse_plugged_vcpus(guest: ET.Element) -> None:
     plugged = [vcpu for vcpu in guest.findall("vcpus/vcpu[@hotpluggable='yes']") if vcpu.get("enabled") == "yes"]
     if plugged:
         raise Unsupported(
-            f"{len(plugged)} of the guest's vCPUs can be unplugged (the spec has max_vcpus), and the hypervisor cannot go "
-            "back to the memory of such a guest; take the snapshot while it is stopped",
+            f"{len(plugged)} of the guest's vCPUs can be unplugged (the spec has max_vcpus), and the hypervisor cannot "
+            "go back to the memory of such a guest; take the snapshot while it is stopped",
             code="snapshot_unsupported",
         )
 
