@@ -94,3 +94,8 @@ def test_a_place_without_a_value_is_a_dash(monkeypatch: pytest.MonkeyPatch, caps
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["nics.0", "-"], ["nics.1.inbound_kib_s", "5"], ["disks.root", "-"],
     ]  # fmt: skip
+
+
+def test_no_blanks_at_the_end_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    render.table(("name", "state"), [["a", "x" * 39], ["b", "x"]])
+    assert capsys.readouterr().out == f"NAME  STATE\na     {'x' * 39}\nb     x\n"
