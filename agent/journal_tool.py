@@ -22,7 +22,7 @@ from agent.store.file import JournalFile
 @contextlib.contextmanager
 def _opened(path: Path, *, read_only: bool) -> Iterator[JournalFile]:
     if not path.is_file():
-        raise click.ClickException(f"there is no journal at {path}; name the agent's state_dir with --state-dir")
+        raise NotFound(f"there is no journal at {path}; name the agent's state_dir with --state-dir", code="no_journal")
     file = JournalFile(path, read_only=read_only)
     try:
         yield file
