@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -24,17 +25,26 @@ class _Group(click.Group):
     """Turns the agent's errors into one line on stderr and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
         try:
             return super().invoke(ctx)
         except ComputeError as exc:
-            click.echo(f"error: {exc.code}: {exc.message}", err=True)
+            if as_json:
+                told = {"code": exc.code, "message": exc.message, "retryable": exc.retryable, "details": exc.details}
+                click.echo(json.dumps({"error": told}, indent=2, default=str))
+            else:
+                click.echo(f"error: {exc.code}: {exc.message}", err=True)
             ctx.exit(EXIT_CONFIG if not exc.retryable else 1)
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="compute-agent")
 def main() -> None:
-    """One agent per hypervisor host: lifecycle commands in, results, events and heartbeats out."""
+    """One agent per hypervisor host: lifecycle commands in, results, events and heartbeats out.
+
+    Exit status: 0 success; 1 failed, and a later try can succeed; 2 wrong usage; 3 somebody has to change something
+    first.
+    """
 
 
 @main.command()

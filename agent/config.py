@@ -243,7 +243,8 @@ def load(path: Path) -> Settings:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidArgument(f"cannot read the configuration {path}: {exc}", code="bad_config") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise InvalidArgument(f"cannot read the configuration {path}: {reason}", code="bad_config") from exc
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:

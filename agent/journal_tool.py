@@ -22,7 +22,7 @@ from agent.store.file import JournalFile
 @contextlib.contextmanager
 def _opened(path: Path, *, read_only: bool) -> Iterator[JournalFile]:
     if not path.is_file():
-        raise click.ClickException(f"there is no journal at {path}; name the agent's state_dir with --state-dir")
+        raise NotFound(f"there is no journal at {path}; name the agent's state_dir with --state-dir", code="no_journal")
     file = JournalFile(path, read_only=read_only)
     try:
         yield file
@@ -54,7 +54,7 @@ def journal(context: click.Context, state_dir: Path) -> None:
 
 @journal.command("ls")
 @click.option("--open", "unfinished", is_flag=True, help="Only what has not ended, or left something behind.")
-@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def list_command(path: Path, unfinished: bool, limit: int, as_json: bool) -> None:

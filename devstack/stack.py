@@ -28,7 +28,9 @@ _IMAGE_CACHE = "guest-image"  # the one folder that `down` keeps
 _AGENT_GRACE_S = 35.0  # more than the agent's own limit for a drain
 
 
-def agent_config(*, host: str, amqp_url: str, libvirt_uri: str, state_dir: Path, image_dir: Path) -> str:
+def agent_config(
+    *, host: str, amqp_url: str, libvirt_uri: str, state_dir: Path, image_dir: Path, store_dir: Path
+) -> str:
     """Return the text of the agent's configuration file (TOML).
 
     Args:
@@ -37,6 +39,7 @@ def agent_config(*, host: str, amqp_url: str, libvirt_uri: str, state_dir: Path,
         libvirt_uri: the connection URI of the libvirt driver.
         state_dir: the agent's own folder: journal, instance disks.
         image_dir: a folder of images that commands may name.
+        store_dir: the folder of the store ``main``, for exports, backups and the shelf.
 
     """
 
@@ -64,6 +67,9 @@ def agent_config(*, host: str, amqp_url: str, libvirt_uri: str, state_dir: Path,
             "",
             "[images]",
             f"file_roots = [{quoted(image_dir)}]",
+            "",
+            "[exports.stores]",
+            f"main = {quoted(store_dir)}",
             "",
             "[health]",
             f"listen = {quoted(_health_address())}",
@@ -207,12 +213,15 @@ class Stack:
     def _write_config(self, host: str, image: GuestImage) -> None:
         state = self.directory / "state"
         state.mkdir(exist_ok=True)
+        store = self.directory / "exports"
+        store.mkdir(exist_ok=True)
         text = agent_config(
             host=host,
             amqp_url=self.broker.url,
             libvirt_uri=self.libvirtd.uri,
             state_dir=state,
             image_dir=image.path.parent,
+            store_dir=store,
         )
         self.agent.config_file.touch(mode=0o600)  # it holds the broker's password
         self.agent.config_file.write_text(text, encoding="utf-8")

@@ -58,7 +58,8 @@ def cli(
 ) -> None:
     """Control compute agents through their message broker.
 
-    Exit status: 0 success; 1 refused or failed; 2 wrong usage or an invalid spec; 3 no answer in time or no broker.
+    Exit status: 0 success; 1 refused or failed; 2 wrong usage or an invalid spec; 3 no answer in time or no broker; 130
+    interrupted. With --json an error is a document with `error`, too.
     """
     session = ctx.ensure_object(Session)
     session.address = Address(amqp, cafile, certfile, keyfile)

@@ -112,7 +112,7 @@ class ComputeClient:
         host: str,
         id: str | None = None,
         progress: bool = False,
-        timeout_s: float = 60.0,
+        timeout_s: float = 90.0,
         resend_after_s: float = 15.0,
         on_event: EventCallback | None = None,
         **options: Unpack[CommandOptions],

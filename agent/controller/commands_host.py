@@ -52,7 +52,10 @@ def host_ls(session: Session, wait_s: float, only: str | None) -> None:
         click.echo(f"listening for {wait_s:g} s", err=True)
     heard = session.run(body)
     if not heard:
-        raise DeadlineExceeded(f"no heartbeat in {wait_s:g} s", code="no_heartbeat")
+        raise DeadlineExceeded(
+            f"no heartbeat of {only or 'any host'} in {wait_s:g} s; see if the agent runs there, or wait longer",
+            code="no_heartbeat",
+        )
     if session.as_json:
         events = [event.model_dump(mode="json", exclude_none=True) for _, (_, event) in sorted(heard.items())]
         render.document({"hosts": events})

@@ -84,10 +84,18 @@ def instance_memory_dump(
 @click.command("set-policy")
 @instance_argument
 @host_option
-@click.option("--on-host-boot", type=click.Choice(["stay-stopped", "last-state", "start"]))
-@click.option("--on-stop", type=click.Choice(["keep", "restart"]))
-@click.option("--on-crash", type=click.Choice(["keep", "restart"]))
-@click.option("--on-io-error", type=click.Choice(["keep", "pause-and-retry"]))
+@click.option(
+    "--on-host-boot",
+    type=click.Choice(["stay-stopped", "last-state", "start"]),
+    help="The host booted: leave it, start it if it was wanted running, or start it.",
+)
+@click.option("--on-stop", type=click.Choice(["keep", "restart"]), help="The guest powered itself off.")
+@click.option("--on-crash", type=click.Choice(["keep", "restart"]), help="The guest panicked, or its process died.")
+@click.option(
+    "--on-io-error",
+    type=click.Choice(["keep", "pause-and-retry"]),
+    help="A full disk paused the guest: leave it, or let it run on when there is space.",
+)
 @sending_options
 @json_option
 @pass_session

@@ -30,16 +30,18 @@ _guest_timeout = partial(guest_timeout_option, "--guest-timeout", what="to do it
 @click.command("resize")
 @instance_argument
 @host_option
-@click.option("--vcpus", type=click.IntRange(min=1))
-@click.option("--memory-mib", type=click.IntRange(min=16))
-@click.option("--disk", "disks", metavar="NAME=MIB", multiple=True, help="A disk's new size; the root disk is root.")
+@click.option("--vcpus", type=click.IntRange(min=1), help="New number of vCPUs.")
+@click.option("--memory-mib", type=click.IntRange(min=16), help="New memory.")
+@click.option(
+    "--disk", "disks", metavar="NAME=MIB", multiple=True, help="A disk's new size; the root disk is root. Repeatable."
+)
 @click.option("--live", is_flag=True, help="Change the running guest, up to its maximum, without stopping it.")
 @click.option(
     "--confirm-within",
     metavar="SECONDS|never",
     default=str(int(CONFIRM_WITHIN_S)),
     show_default=True,
-    help="A cold resize confirms itself after so long; 0: at once.",
+    help="A cold resize confirms itself after so long; 0: at once. never: it waits for ever.",
 )
 @_guest_timeout()
 @sending_options
@@ -103,7 +105,7 @@ def instance_revert_resize(
 @click.command("set-memory-target")
 @instance_argument
 @host_option
-@click.option("--memory-mib", type=click.IntRange(min=16), required=True)
+@click.option("--memory-mib", type=click.IntRange(min=16), required=True, help="What the guest is to have left.")
 @_guest_timeout(default_s=30.0)
 @sending_options
 @json_option

@@ -43,7 +43,14 @@ name_argument = click.argument("name", metavar="NAME")
 @host_option
 @disk_option
 @target_options
-@click.option("--format", "format_", type=click.Choice(["qcow2", "raw"]), default="qcow2", show_default=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["qcow2", "raw"]),
+    default="qcow2",
+    show_default=True,
+    help="What the images are to be.",
+)
 @click.option("--compress", is_flag=True, help="Compress; qcow2 only.")
 @sending_options
 @json_option

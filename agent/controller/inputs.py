@@ -28,7 +28,8 @@ def checked(model: type[M], **values: Any) -> M:
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise click.UsageError(f"{where}: {first['msg']}" if where else str(first["msg"])) from None
+        sentence = str(first["msg"]).removeprefix("Value error, ")
+        raise click.UsageError(f"{where}: {sentence}" if where else sentence) from None
 
 
 # --- images -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from agent.controller.session import Session
 from agent.messages.events import OperationSucceeded
 from agent.messages.verb import CommandData
 
-DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_TIMEOUT_S = 90.0
+"""More than an agent waits for a hypervisor that went away (twice `deadlines.reconnect_s`): its answer says why."""
 IMAGE_TIMEOUT_S = 1800.0
 """An image may have to be fetched first."""
 LONG_TIMEOUT_S = 4 * 3600.0

@@ -71,7 +71,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         grid.add_column(head, overflow="fold", no_wrap=one_word)
     for row in cells:
         grid.add_row(*(Text(text) for text in row))
-    Console(file=sys.stdout, width=width, highlight=False).print(grid)
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    with console.capture() as lines:
+        console.print(grid)
+    text = lines.get()
+    if not sys.stdout.isatty():
+        # Columns are filled up to their width, the last one too: 400 characters where one value is long.
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    click.echo(text, nl=False)
 
 
 def _width() -> int:
@@ -110,7 +117,7 @@ def _flat(value: Any, name: str) -> Iterable[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+    elif isinstance(value, list) and any(item is None or isinstance(item, Mapping | list) for item in value):
         for index, item in enumerate(value):
             yield from _flat(item, f"{name}.{index}")
     elif isinstance(value, Mapping | list):

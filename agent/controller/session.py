@@ -29,6 +29,9 @@ EXIT_USAGE = 2
 EXIT_NO_ANSWER = 3
 EXIT_INTERRUPTED = 130
 
+USAGE = "usage"
+"""The code of what click refuses."""
+
 CONNECT_TIMEOUT_S = 10.0
 
 
@@ -99,8 +102,15 @@ class RootGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         session = ctx.ensure_object(Session)
+        as_json = "--json" in ctx.args  # a mistake may be found before the flag is
         try:
             return super().invoke(ctx)
+        except click.UsageError as exc:
+            if not (as_json or session.as_json):
+                raise
+            wrong = InvalidArgument(exc.format_message(), code=USAGE)
+            render.document({"error": error_document(wrong)})
+            ctx.exit(EXIT_USAGE)
         except ComputeError as exc:
             if session.as_json:
                 render.document({"error": error_document(exc)})

@@ -14,7 +14,7 @@ from pamqp import commands, header
 from pamqp.body import ContentBody
 from pamqp.heartbeat import Heartbeat
 
-from agent.bus.amqp import wire
+from agent.bus.amqp import faults, wire
 from agent.bus.amqp.consumer import AmqpDelivery, ConsumerChannel
 from agent.bus.amqp.transport import Tap
 from agent.bus.base import Outgoing
@@ -243,3 +243,23 @@ async def test_settlements_of_a_turn_leave_in_one_write() -> None:
     got[-1].ack()
     await asyncio.sleep(0)
     assert len(session.written) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(111, "Connect call failed"), "The broker b:1 cannot be reached: Connect call failed."),
+        (OSError("Multiple exceptions: [Errno 111] x, [Errno 111] y"),
+         "The broker b:1 cannot be reached: [Errno 111] x, [Errno 111] y."),
+        (TimeoutError(), "The broker b:1 cannot be reached: no answer in time."),
+    ],
+)  # fmt: skip
+def test_a_broker_that_cannot_be_reached_is_told_with_the_reason(error: OSError, sentence: str) -> None:
+    told = faults.connect_error(error, None, "b:1")
+    assert (told.code, told.message) == ("bus_unavailable", sentence)
+
+
+def test_a_reason_of_the_broker_ends_with_one_full_stop() -> None:
+    told = faults.connect_error(OSError(), (403, "Login was refused. See the log."), "b:1")
+    assert told.code == "bus_access_refused"
+    assert told.message == "The broker b:1 refuses access: Login was refused. See the log."

@@ -65,6 +65,25 @@ def test_wrong_usage_ends_with_2(ctl: Ctl, args: tuple[str, ...], message: str) 
     assert ctl.commands == []
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("instance", "show", "not-a-uuid", "--json"), "no instance id"),
+        (("instance", "create", "--json"), "--file"),
+        (("instance", "ls", "--json", "--bogus"), "--bogus"),
+        (("host", "--json"), "--json"),
+        (("instance", "resize", INSTANCE, "--json"), "give vcpus, memory_mib or disks_mib"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_json_where_json_was_asked_for(ctl: Ctl, args: tuple[str, ...], message: str) -> None:
+    result = ctl(*args)
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert (error["code"], error["retryable"], result.stderr) == ("usage", False, "")
+    assert message in error["message"]
+    assert "Value error" not in error["message"]
+
+
 def test_a_host_must_be_named(ctl: Ctl) -> None:
     result = ctl("instance", "ls", env={"COMPUTECTL_HOST": ""})
     assert result.exit_code == 2

@@ -30,3 +30,17 @@ def test_help(path: tuple[str, ...]) -> None:
     assert shown.output.startswith(f"Usage: {' '.join(path)} ")
     assert "..." not in shown.output.partition("Commands:")[2], "a command's first sentence is too long for the list"
     assert shown.output.partition("\n\n")[2].strip().partition("\n")[0].strip() not in ("", "Options:")
+
+
+def _options(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield f"{' '.join(path)} {parameter.opts[0]}", parameter.help
+    if isinstance(command, click.Group):
+        for name, sub in command.commands.items():
+            yield from _options(sub, (*path, name))
+
+
+def test_every_option_says_what_it_does() -> None:
+    silent = [option for name, root in ROOTS.items() for option, text in _options(root, (name,)) if not text]
+    assert silent == []

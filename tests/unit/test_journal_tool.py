@@ -156,8 +156,12 @@ async def test_many_readers_do_not_disturb_the_agent(world: World, tool: Tool) -
 
 def test_a_state_dir_without_journal(tmp_path: Path) -> None:
     result = Tool(tmp_path).run("ls")
-    assert result.exit_code == 1
-    assert "there is no journal" in result.output
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: no_journal: there is no journal at ")
+
+
+async def test_an_error_is_json_where_json_was_asked_for(world: World, tool: Tool) -> None:
+    assert json.loads(await tool("show", "nobody", "--json", status=3))["error"]["code"] == "unknown_operation"
 
 
 def test_a_file_that_is_no_journal(tmp_path: Path) -> None:

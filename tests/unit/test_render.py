@@ -86,3 +86,16 @@ def test_longer_words_are_folded_or_left_to_the_terminal(
 
 def test_an_empty_table_has_its_heads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(monkeypatch, capsys, 100, ("id", "verb"), [])[0].split() == ["ID", "VERB"]
+
+
+def test_a_place_without_a_value_is_a_dash(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(render, "_width", lambda: 80)
+    render.fields({"nics": [None, {"inbound_kib_s": 5}], "disks": {"root": None}})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["nics.0", "-"], ["nics.1.inbound_kib_s", "5"], ["disks.root", "-"],
+    ]  # fmt: skip
+
+
+def test_no_blanks_at_the_end_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    render.table(("name", "state"), [["a", "x" * 39], ["b", "x"]])
+    assert capsys.readouterr().out == f"NAME  STATE\na     {'x' * 39}\nb     x\n"

@@ -80,19 +80,19 @@ def connect_error(error: BaseException, close: tuple[int, str] | None, address: 
     if any(isinstance(cause, AuthenticationError) for cause in chain):
         return _refused(address, "it does not offer this way to log in (SASL mechanism)")
     reason = close[1] if close else _first_words(chain)
-    return Unavailable(f"The broker {address} cannot be reached: {reason}.", code="bus_unavailable")
+    return Unavailable(f"The broker {address} cannot be reached: {reason.rstrip('.')}.", code="bus_unavailable")
 
 
 def _refused(address: str, reason: str) -> InvalidArgument:
-    return InvalidArgument(f"The broker {address} refuses access: {reason}.", code="bus_access_refused")
+    return InvalidArgument(f"The broker {address} refuses access: {reason.rstrip('.')}.", code="bus_access_refused")
 
 
 def _first_words(chain: list[BaseException]) -> str:
     for cause in chain:
         if isinstance(cause, TimeoutError):
             return "no answer in time"
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+        if isinstance(cause, OSError) and (words := cause.strerror or str(cause)):
+            return words.removeprefix("Multiple exceptions: ")  # of a name with several addresses
     return type(chain[0]).__name__
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 from agent.drivers.libvirt import errors, metadata
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.verbs.snapshot import SnapshotInfo
-from agent.errors import DeadlineExceeded, NotFound
+from agent.errors import DeadlineExceeded, NotFound, Unsupported
 from agent.messages.events import PowerState
 
 _POWER: Final[dict[str, PowerState]] = {
@@ -86,13 +86,32 @@ def wait_idle(domain: Any, limit_s: float) -> None:
         time.sleep(_POLL_S)
 
 
+def refuse_plugged_vcpus(guest: ET.Element) -> None:
+    """Raise `Unsupported` for the memory of a guest that has vCPUs which can be unplugged.
+
+    libvirt starts QEMU with the others, loads the memory, and would plug these afterwards: QEMU ends over the memory of
+    a CPU that it has not, with the guest already gone and its disks taken back.
+    """
+    plugged = [vcpu for vcpu in guest.findall("vcpus/vcpu[@hotpluggable='yes']") if vcpu.get("enabled") == "yes"]
+    if plugged:
+        raise Unsupported(
+            f"{len(plugged)} of the guest's vCPUs can be unplugged (the spec has max_vcpus), and the hypervisor cannot "
+            "go back to the memory of such a guest; take the snapshot while it is stopped",
+            code="snapshot_unsupported",
+        )
+
+
 def renew(domain: Any, snapshot: Any, ours: ET.Element, mark: str) -> Any:
     """Put our present metadata into a snapshot, with the mark: libvirt's revert makes it the domain's.
 
-    So there is no moment, also not of a crash, at which the domain has an old spec, generation or life.
+    So there is no moment, also not of a crash, at which the domain has an old spec, generation or life. Raises
+    `Unsupported` where the revert would fail, before anything is changed.
     """
     document = snapshot.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
     root = _parse(document)
+    guest = root.find("domain")
+    if guest is not None and root.find("memory[@snapshot='internal']") is not None:
+        refuse_plugged_vcpus(guest)  # one from before this was known
     ours.set(_MARK, mark)
     for inside in (root.find("domain"), root.find("inactiveDomain")):
         place = None if inside is None else inside.find("metadata")

@@ -56,6 +56,8 @@ class LibvirtSnapshot(Parts):
                 domain.resume()
             found = snapshots.find(domain, request.name)
             if found is None:
+                if domain.isActive():
+                    snapshots.refuse_plugged_vcpus(ET.fromstring(domain.XMLDesc(0)))  # noqa: S314 - libvirtd wrote it
                 document = snapshots.request(request.name, request.description, *_devices(domain, paths))
                 found = domain.snapshotCreateXML(document)
             call.progress(100.0)

@@ -138,7 +138,13 @@ class LibvirtTestDaemon(LibvirtDaemonCase):
 
 class LibvirtQemu(LibvirtDaemonCase):
     domain_type = "qemu"
-    differences = frozenset({Difference.GUEST_IGNORES_SHUTDOWN, Difference.VCPUS_ARE_NOT_UNPLUGGED})
+    differences = frozenset(
+        {
+            Difference.GUEST_IGNORES_SHUTDOWN,
+            Difference.VCPUS_ARE_NOT_UNPLUGGED,
+            Difference.PLUGGED_VCPUS_HAVE_NO_SNAPSHOT,
+        }
+    )
 
 
 @contextmanager

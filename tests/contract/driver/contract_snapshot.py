@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from driver_case import Instance
+from driver_case import Difference, DriverCase, Instance, make_spec
 
 from agent.drivers.base import CallContext, Driver
 from agent.drivers.verbs.snapshot import ExportRequest, RevertRequest, SnapshotRequest
@@ -65,6 +65,30 @@ class SnapshotContract:
             driver.export_disks(instance.id, instance.spec, request, CallContext(cancelled=lambda: True))
         # Nothing goes on behind its back: another can begin at once.
         driver.export_disks(instance.id, instance.spec, request, CALL)
+
+    @pytest.mark.parametrize("booted", [2, 1], ids=["booted-with", "plugged"])
+    def test_vcpus_that_can_be_unplugged(self, driver: Driver, driver_case: DriverCase, booted: int) -> None:
+        instance = Instance(driver, make_spec(vcpus=booted, max_vcpus=2)).create(start=True)
+        if lacks(driver, "snapshot.create", instance):
+            return
+        driver.request_vcpus(instance.id, 2)
+        spec = instance.spec.model_copy(update={"vcpus": 2})
+        if not driver_case.has(Difference.PLUGGED_VCPUS_HAVE_NO_SNAPSHOT):
+            driver.create_snapshot(instance.id, spec, SnapshotRequest("one", running=True), CALL)
+            driver.revert_snapshot(instance.id, spec, RevertRequest("one", 1, ORDINARY, None, "a"), CALL)
+            assert instance.power == "running"
+            return
+        # A snapshot that could not be reverted to would cost the guest its memory when somebody relies on it.
+        with pytest.raises(Unsupported) as caught:
+            driver.create_snapshot(instance.id, spec, SnapshotRequest("one", running=True), CALL)
+        assert caught.value.code == "snapshot_unsupported"
+        assert instance.power == "running"
+        driver.delete_snapshot(instance.id, spec, "one", CALL)  # what the operation does then
+        assert (driver.list_snapshots(instance.id), instance.power) == ([], "running")
+        driver.destroy(instance.id)
+        driver.create_snapshot(instance.id, spec, SnapshotRequest("off"), CALL)
+        driver.revert_snapshot(instance.id, spec, RevertRequest("off", 1, ORDINARY, None, "b"), CALL)
+        driver.delete_snapshot(instance.id, spec, "off", CALL)
 
     def test_snapshots(self, driver: Driver, instance: Instance) -> None:
         instance.create(generation=3, start=True)

@@ -55,6 +55,7 @@ class Difference(Enum):
     PLAIN_MACHINES_ONLY = "the hypervisor is simulated and refuses what concerns real hardware"
     A_RESTORED_GUEST_RUNS = "a guest that was paused when its memory was saved runs when it is restored"
     VCPUS_ARE_NOT_UNPLUGGED = "guests are emulated, and QEMU without KVM crashes after a vCPU was unplugged"
+    PLUGGED_VCPUS_HAVE_NO_SNAPSHOT = "QEMU cannot load the memory of a guest with vCPUs that can be unplugged"
     DISKS_ARE_NOT_FILES = "disks are kept in memory and details name no path"
 
 
