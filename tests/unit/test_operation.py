@@ -607,6 +607,129 @@ async def test_cancel_past_the_point_of_no_return_is_refused(rig: Rig) -> None:
     assert (await rig.ended(operation_id)).state == "succeeded"
 
 
+async def test_an_undo_is_not_told_of_the_cancel_that_it_answers(rig: Rig) -> None:
+    gate, told = asyncio.Event(), []
+
+    def remove(context: CallContext) -> None:
+        told.append(context.cancelled())
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+            await gate.wait()
+
+        await op.step("a", do, undo=lambda: op.long(remove))
+
+    async def more(op: Operation, data: Any) -> None:
+        await handler(op, data)
+        await op.step("b", gate.wait)  # type: ignore[arg-type]
+
+    rig.route("instance.start", more)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    record = await rig.ended(operation_id)
+    assert (record.state, record.undo_pending) == ("cancelled", False)
+    assert told == [False]
+
+
+async def test_a_cancel_before_the_first_step_is_undone_also_by_a_later_run(rig: Rig) -> None:
+    gate, away = asyncio.Event(), [True]
+
+    async def handler(op: Operation, _data: Any) -> None:
+        if not op.begun:
+            rig.log.append("claimed")
+            await gate.wait()
+
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            if away[0]:
+                raise DeadlineExceeded("away")
+            rig.log.append("undo a")
+
+        await op.step("a", do, undo=undo)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    assert (await rig.ended(operation_id)).undo_pending
+    assert await rig.steps(operation_id) == [("a", "started")]
+    await rig.idle()
+    away[0] = False
+    again = await rig.reborn()
+    await again.resume()
+    await again.idle()
+    assert rig.log == ["claimed", "undo a"]
+    assert await again.store.operations(unfinished=True) == []
+
+
+async def test_a_promised_cancel_holds_at_the_point_of_no_return(rig: Rig) -> None:
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+            await gate.wait()
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+
+        async def remove() -> None:
+            rig.log.append("removed")
+
+        await op.step("a", do, undo=undo)
+        op.point_of_no_return()
+        await op.step("remove", remove)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    assert (await rig.ended(operation_id)).state == "cancelled"
+    assert rig.log == ["a", "undo a"]
+
+
+async def test_a_cancel_while_what_is_past_its_return_is_taken_up_changes_nothing(rig: Rig) -> None:
+    gate, looking = asyncio.Event(), asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+
+        async def remove() -> None:
+            rig.log.append("remove")
+            await gate.wait()
+
+        if op.begun:
+            rig.log.append("taken up")
+            await looking.wait()
+        await op.step("a", do, undo=undo)
+        op.point_of_no_return()
+        await op.step("remove", remove)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: "remove" in rig.log)
+    await rig.die()
+    again = await rig.reborn()
+    await again.resume()
+    await until(lambda: "taken up" in rig.log)
+    await again.runner.cancel(operation_id)
+    gate.set()
+    looking.set()
+    assert (await again.ended(operation_id)).state == "succeeded"
+    assert rig.log == ["a", "remove", "taken up", "remove"]
+
+
 async def test_failure_past_the_point_of_no_return_undoes_nothing_and_says_so(rig: Rig) -> None:
     async def handler(op: Operation, _data: Any) -> None:
         async def do() -> None:
