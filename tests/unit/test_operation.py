@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,7 +25,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.events import OperationSucceeded
-from agent.store.base import Change
+from agent.store.base import Change, Committed
 from agent.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -583,6 +584,36 @@ async def test_cancel_while_it_waits_for_its_turn(rig: Rig) -> None:
     assert rig.kinds(second)[-1] == "operation.cancelled"
     with pytest.raises(NotFound):
         await rig.runner.cancel(second)
+
+
+async def test_two_cancels_at_once_of_what_waits_for_its_turn_end_it_once(rig: Rig) -> None:
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        rig.log.append(op.id)
+        await gate.wait()
+
+    rig.route("instance.start", handler)
+    first = await rig.submit()
+    second = await rig.submit()
+    await until(lambda: rig.log)
+    commit, go, held = rig.store.commit, asyncio.Event(), []
+
+    async def slow(changes: Sequence[Change]) -> list[Committed]:
+        held.append(changes)
+        await go.wait()
+        return await commit(changes)
+
+    rig.store.commit = slow  # type: ignore[method-assign]
+    cancels = [asyncio.ensure_future(rig.runner.cancel(second)) for _ in range(2)]
+    await until(lambda: held)
+    assert not any(one.done() for one in cancels)
+    go.set()
+    await asyncio.gather(*cancels)
+    gate.set()
+    await rig.ended(first)
+    assert (await rig.ended(second)).state == "cancelled"
+    assert len(rig.finals(second)) == 1
 
 
 async def test_cancel_past_the_point_of_no_return_is_refused(rig: Rig) -> None:
