@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.rig import INSTANCE, Rig
-from support.world import Cut, until
+from support.world import Cut, spec, until
 
 from agent.core import announcement, attempt
 from agent.core.operation import Operation
@@ -25,7 +25,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.events import OperationSucceeded
-from agent.store.base import Change, Committed
+from agent.store.base import Change, Committed, InstanceRecord
 from agent.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -266,6 +266,41 @@ async def test_a_pending_undo_of_an_operation_that_failed_after_its_last_step(ri
     await again.idle()
     assert rig.log == ["a", "undo a"]
     assert not await again.store.operations(unfinished=True)
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_pending_undo_ends_with_its_instance_and_leaves_its_successor_alone(rig: Rig, again: bool) -> None:
+    def made_at(when: datetime) -> InstanceRecord:
+        return InstanceRecord(
+            id=INSTANCE, spec=spec("vm"), generation=0, desired="stopped", observed="stopped", reason="created",
+            created_by="another", created_at=when, updated_at=when,
+        )  # fmt: skip
+
+    async def handler(op: Operation, _data: Any) -> None:
+        op.ctx.instances.get(op.instance_id)
+
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+            raise Unavailable("cannot", code="busy")
+
+        await op.step("a", do, undo=undo)
+        raise FailedPrecondition("no")
+
+    rig.ctx.instances.put(made_at(datetime.now(UTC) - timedelta(days=1)))
+    rig.route("instance.start", handler)
+    assert (await rig.run()).undo_pending
+    await rig.idle()
+    rig.log.clear()
+    rig.ctx.instances.remove(INSTANCE)
+    if again:
+        rig.ctx.instances.put(made_at(datetime.now(UTC)))
+    await rig.resume()
+    await rig.idle()
+    assert rig.log == []
+    assert await rig.store.operations(unfinished=True) == []
 
 
 async def test_a_step_that_leaves_something_and_has_no_undo_is_not_told_as_undone(rig: Rig) -> None:
