@@ -33,6 +33,8 @@ class OpenOperation:
     operation: Operation | None = None
     more_replies: list[str] = field(default_factory=list)
     """Where duplicates that came meanwhile want the answer too."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when one that was cancelled while it waited for its turn has its final event."""
 
     @property
     def acts(self) -> bool:

@@ -65,6 +65,8 @@ class Operation:
         self.command = command
         self._past = {step.index: step for step in past}
         self._undos: list[tuple[StepRecord, Undo]] = []
+        self._unwritten: StepRecord | None = None
+        self._rolling_back = False
         self._index = 0
         self._finished: StepRecord | None = None
         self._staged = Change()
@@ -119,6 +121,8 @@ class Operation:
         begun = past or StepRecord(self.id, index, name, "started")
         if undo is not None and begun.state != "undone":
             self._undos.append((begun, undo))
+        if past is None and self.record.state != "undoing":
+            self._unwritten = begun
         self._lasting |= undo is None and not harmless
         if self.record.state == "undoing" and index + 1 not in self._past:
             raise RollBack  # the past ends here, also where this step was done: what comes after is not to be run
@@ -130,6 +134,7 @@ class Operation:
         if past is None or self._staged.operation is not None:
             # Also where the step was begun before: that this attempt began must be known if it kills the agent.
             await self._commit(Change(steps=[begun]))
+        self._unwritten = None
         self._reports.enter(name)
         failpoint(f"{self.record.verb}:{name}:before")
         output = await self._do(do, cancellable=cancellable)
@@ -138,7 +143,12 @@ class Operation:
         return output
 
     def point_of_no_return(self) -> None:
-        """From here on the operation is finished, not taken back: neither failure nor cancel undoes anything."""
+        """From here on the operation is finished, not taken back: neither failure nor cancel undoes anything.
+
+        Raises `Cancelled` where a cancel was promised before, unless a former run has gone on from here.
+        """
+        if not self._past_return and self._index not in self._past:
+            self._check_cancelled()
         self._past_return = True
         self._undos.clear()
 
@@ -199,7 +209,7 @@ class Operation:
             with contextlib.suppress(RuntimeError):  # the loop is closed, the thread was left behind
                 loop.call_soon_threadsafe(self.progress, percent)
 
-        context = CallContext(progress=progress, cancelled=lambda: self.record.cancel_requested)
+        context = CallContext(progress=progress, cancelled=self._may_stop)
         self._long_calls.append(context)
         try:
             return await self._keyed("long", call, (*args, context), {}, self.ctx.deadlines.long_s)
@@ -229,6 +239,10 @@ class Operation:
                 await asyncio.sleep(CALL_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
                 await self.ctx.state.wait_connected(self.ctx.deadlines.reconnect_s)
         raise Internal("unreachable")
+
+    def _may_stop(self) -> bool:
+        """Whether a long call may end early: not where it takes back, or finishes, what was begun."""
+        return self.record.cancel_requested and not self._past_return and not self._rolling_back
 
     async def unless_cancelled(self, waited_for: asyncio.Future[T]) -> T:
         """Wait for a future, but no longer than until the operation is cancelled. Raises `Cancelled`."""
@@ -280,9 +294,13 @@ class Operation:
         """
         if not self._undos:
             return True
+        self._rolling_back = True
         if self.record.state != "undoing":
             self.record.state = "undoing"
-            await self._commit(Change(operation=replace(self.record)))
+            # Also a step that a cancel kept from beginning: what its handler did before it is undone by it, if need be
+            # by a later run, which finds it only here.
+            unwritten = [step for step, _ in self._undos if step is self._unwritten]
+            await self._commit(Change(operation=replace(self.record), steps=unwritten))
         for step, undo in reversed(self._undos):
             failpoint(f"{self.record.verb}:{step.name}:undo")
             if not await self._undo(step, undo):

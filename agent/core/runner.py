@@ -75,6 +75,9 @@ class Runner:
         if item is None:
             raise NotFound(f"no operation {operation_id} is waiting or running", code="unknown_operation")
         record = item.record
+        if item.operation is None and record.final:
+            await item.ended.wait()  # another cancel is about to end it, and answers are given for what is journaled
+            return
         if item.operation is not None and not item.operation.can_be_cancelled:
             raise FailedPrecondition(
                 "the operation is past its point of no return and will finish", code="too_late_to_cancel"
@@ -158,6 +161,7 @@ class Runner:
         conclude(self._ctx.journal, item.record, item.command, change, error=error, also_to=item.more_replies)
         change.operation = replace(item.record)
         await self._ctx.journal.commit(change)
+        item.ended.set()
         self._close(item)
         log_done(item.record, error)
 

@@ -18,6 +18,8 @@ from agent.messages.verbs_snapshot import Backup
 ENDING: Final = ".backup.json"
 MAX_MANIFEST_BYTES: Final = 256 * 1024
 _SAFE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,249}")
+_STAMP: Final = re.compile(r"-\d{8}T\d{6}\.\d{6}Z\Z")
+"""How the name of every backup ends: no file of an export that is none is taken for one of a backup."""
 log = structlog.get_logger("backups")
 
 
@@ -42,11 +44,12 @@ def read(folder: Path, store: str, instance_id: str, series: str | None = None) 
 
 
 def _parse(path: Path) -> Backup | None:
+    content = files.read_small(path, MAX_MANIFEST_BYTES)
     try:
-        if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
-            return None
-        backup = Backup.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        backup = None if content is None else Backup.model_validate_json(content)
+    except ValidationError:
+        return None
+    if backup is None or not _STAMP.search(backup.name):
         return None
     return backup if f"{backup.name}{ENDING}" == path.name else None
 
@@ -59,7 +62,8 @@ def remove(folder: Path, backup: Backup) -> None:
     with files.translated("removing a backup"):
         for disk in backup.disks:
             name = disk.url.rpartition("/")[2]
-            if not _SAFE.fullmatch(name) or not name.startswith(backup.name):
+            stem = backup.name if disk.name == "root" else f"{backup.name}-{disk.name}"
+            if not _SAFE.fullmatch(name) or name != f"{stem}.{disk.format}":
                 log.warning("backups.foreign_file", backup=backup.name, file=name[:80])
                 continue
             files.remove(folder / name, disk.sha256)

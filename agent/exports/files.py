@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Final
 from agent.errors import AlreadyExists, Cancelled, ComputeError, FailedPrecondition, ResourceExhausted, Unavailable
 
 CHUNK: Final = 4 * 1024 * 1024
+_CHECKSUM_BYTES: Final = 4096
+_NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR}
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -84,7 +87,7 @@ class Slot:
         with translated("publishing an export"):
             if not self._is_ours(size):
                 self.check_free()
-                self._marker.touch()
+                _touch(self._marker)
                 self._place(source, copied)
                 try:
                     os.link(self._part, self.final)
@@ -128,10 +131,7 @@ def remove(final: Path, sha256: str) -> None:
     """Remove an export that was published with this checksum; another file of the name stays."""
     checksum = final.with_name(final.name + ".sha256")
     with translated("removing an export"):
-        try:
-            noted = checksum.read_text("ascii", errors="replace").split()
-        except FileNotFoundError:
-            return
+        noted = (read_small(checksum, _CHECKSUM_BYTES) or b"").decode("ascii", errors="replace").split()
         if noted[:1] != [sha256]:
             return
         final.unlink(missing_ok=True)
@@ -162,11 +162,36 @@ def sync(path: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file that has its name only when it is complete."""
+    """Write a small file that has its name only when it is complete. Others may write to a store: no link of theirs is
+    followed.
+    """
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:
+        file.write(data)
     sync(part)
     part.replace(path)
+
+
+def read_small(path: Path, most: int) -> bytes | None:
+    """The content of a small plain file; None for anything else, which is not waited for and not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in _NO_FILE:
+            return None
+        raise
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
+            return None
+        return os.read(descriptor, most)
+    finally:
+        os.close(descriptor)
+
+
+def _touch(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
 
 
 def make_folder(folder: Path) -> None:

@@ -36,6 +36,7 @@ async def delete(op: Operation, data: InstanceDelete) -> DeleteResult:
 async def _remove(op: Operation, data: InstanceDelete) -> DeleteResult:
     """Remove an instance and everything it owns here. After a failure the same command with a new id goes on."""
     driver, instance_id = op.ctx.driver, op.instance_id
+    op.point_of_no_return()
     if not op.done_before("destroy"):
         record = op.ctx.instances.get(instance_id)
         op.stage(instance=op.ctx.instances.update(record.id, desired="deleted"))
@@ -61,7 +62,6 @@ async def _remove(op: Operation, data: InstanceDelete) -> DeleteResult:
     known = op.ctx.instances.find(instance_id)
     adopted = known.life.adopted if known is not None else None
     shelf = None if known is None or data.keep_exports else known.life.shelf
-    op.point_of_no_return()
     await op.step("destroy", destroy)
     await op.step("undefine", undefine)
     await op.step("storage", storage)

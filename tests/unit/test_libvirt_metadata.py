@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from libvirt_specs import SPECS, TEXT
 
-from agent.drivers.libvirt import metadata
+from agent.drivers.libvirt import domains, metadata
+from agent.messages.life import Adoption, Life
 from agent.messages.spec import InstanceSpec, RootDisk
 
 SMALL = InstanceSpec(name="vm", vcpus=1, memory_mib=64, root_disk=RootDisk(size_mib=1))
@@ -87,3 +89,15 @@ def test_undamaged_is_ours():
 )
 def test_a_foreign_domain_is_not_ours(document):
     assert metadata.read(ET.fromstring(document)) is None
+
+
+@pytest.mark.parametrize(("listed", "own"), [(["/vm/a.qcow2"], True), (["/vm/a.qcow2", "/etc/passwd"], False)])
+def test_an_adopted_domain_owns_only_disks_that_its_definition_names(listed: list[str], own: bool) -> None:
+    """A journal that was lost takes this from the domain, and a delete removes the files."""
+    life = Life(adopted=Adoption(disks=listed, own_disks=True, since=datetime(2026, 1, 1, tzinfo=UTC)))
+    domain = ET.Element("domain")
+    disk = ET.SubElement(ET.SubElement(domain, "devices"), "disk", {"device": "disk"})
+    ET.SubElement(disk, "source", {"file": "/vm/a.qcow2"})
+    proven = domains._proven(life, domain)
+    assert proven.adopted is not None
+    assert proven.adopted.own_disks is own

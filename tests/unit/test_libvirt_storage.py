@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -226,3 +227,18 @@ def test_cache_stays_none_where_o_direct_works(tmp_path, image, monkeypatch):
     real_open = os.open
     monkeypatch.setattr(os, "open", lambda path, flags, *rest: real_open(path, flags & ~os.O_DIRECT, *rest))
     assert kept.files(INSTANCE_ID, spec()).tuning["root"].cache == "none"
+
+
+@pytest.mark.parametrize("name", ["x/../../{other}/disk", "../x", "", "a b", "x" * 65])
+def test_a_volume_whose_name_leads_elsewhere_is_not_removed(tmp_path, name):
+    kept, other = storage(tmp_path), "99999999-2222-4333-8444-555555555555"
+    for instance_id in (INSTANCE_ID, other):
+        folder = kept.root / instance_id
+        folder.mkdir(parents=True)
+        (folder / "disk.qcow2").write_bytes(b"data")
+    (kept.root / INSTANCE_ID / "disk-x").mkdir()
+    entry = {"name": name.format(other=other), "backend": "instances", "kind": "file", "path": "/x", "format": "qcow2"}
+    (kept.root / INSTANCE_ID / "volumes.json").write_text(json.dumps({"version": 1, "volumes": [entry]}))
+    kept.delete(INSTANCE_ID)
+    assert not (kept.root / INSTANCE_ID).exists()
+    assert (kept.root / other / "disk.qcow2").exists()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from support.rig import INSTANCE, Rig
-from support.world import Cut, until
+from support.world import Cut, spec, until
 
 from agent.core import announcement, attempt
 from agent.core.operation import Operation
@@ -24,7 +25,7 @@ from agent.errors import (
     Unavailable,
 )
 from agent.messages.events import OperationSucceeded
-from agent.store.base import Change
+from agent.store.base import Change, Committed, InstanceRecord
 from agent.store.memory import MemoryStore
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -265,6 +266,41 @@ async def test_a_pending_undo_of_an_operation_that_failed_after_its_last_step(ri
     await again.idle()
     assert rig.log == ["a", "undo a"]
     assert not await again.store.operations(unfinished=True)
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_pending_undo_ends_with_its_instance_and_leaves_its_successor_alone(rig: Rig, again: bool) -> None:
+    def made_at(when: datetime) -> InstanceRecord:
+        return InstanceRecord(
+            id=INSTANCE, spec=spec("vm"), generation=0, desired="stopped", observed="stopped", reason="created",
+            created_by="another", created_at=when, updated_at=when,
+        )  # fmt: skip
+
+    async def handler(op: Operation, _data: Any) -> None:
+        op.ctx.instances.get(op.instance_id)
+
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+            raise Unavailable("cannot", code="busy")
+
+        await op.step("a", do, undo=undo)
+        raise FailedPrecondition("no")
+
+    rig.ctx.instances.put(made_at(datetime.now(UTC) - timedelta(days=1)))
+    rig.route("instance.start", handler)
+    assert (await rig.run()).undo_pending
+    await rig.idle()
+    rig.log.clear()
+    rig.ctx.instances.remove(INSTANCE)
+    if again:
+        rig.ctx.instances.put(made_at(datetime.now(UTC)))
+    await rig.resume()
+    await rig.idle()
+    assert rig.log == []
+    assert await rig.store.operations(unfinished=True) == []
 
 
 async def test_a_step_that_leaves_something_and_has_no_undo_is_not_told_as_undone(rig: Rig) -> None:
@@ -585,6 +621,36 @@ async def test_cancel_while_it_waits_for_its_turn(rig: Rig) -> None:
         await rig.runner.cancel(second)
 
 
+async def test_two_cancels_at_once_of_what_waits_for_its_turn_end_it_once(rig: Rig) -> None:
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        rig.log.append(op.id)
+        await gate.wait()
+
+    rig.route("instance.start", handler)
+    first = await rig.submit()
+    second = await rig.submit()
+    await until(lambda: rig.log)
+    commit, go, held = rig.store.commit, asyncio.Event(), []
+
+    async def slow(changes: Sequence[Change]) -> list[Committed]:
+        held.append(changes)
+        await go.wait()
+        return await commit(changes)
+
+    rig.store.commit = slow  # type: ignore[method-assign]
+    cancels = [asyncio.ensure_future(rig.runner.cancel(second)) for _ in range(2)]
+    await until(lambda: held)
+    assert not any(one.done() for one in cancels)
+    go.set()
+    await asyncio.gather(*cancels)
+    gate.set()
+    await rig.ended(first)
+    assert (await rig.ended(second)).state == "cancelled"
+    assert len(rig.finals(second)) == 1
+
+
 async def test_cancel_past_the_point_of_no_return_is_refused(rig: Rig) -> None:
     gate = asyncio.Event()
 
@@ -605,6 +671,129 @@ async def test_cancel_past_the_point_of_no_return_is_refused(rig: Rig) -> None:
     assert refused.value.code == "too_late_to_cancel"
     gate.set()
     assert (await rig.ended(operation_id)).state == "succeeded"
+
+
+async def test_an_undo_is_not_told_of_the_cancel_that_it_answers(rig: Rig) -> None:
+    gate, told = asyncio.Event(), []
+
+    def remove(context: CallContext) -> None:
+        told.append(context.cancelled())
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+            await gate.wait()
+
+        await op.step("a", do, undo=lambda: op.long(remove))
+
+    async def more(op: Operation, data: Any) -> None:
+        await handler(op, data)
+        await op.step("b", gate.wait)  # type: ignore[arg-type]
+
+    rig.route("instance.start", more)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    record = await rig.ended(operation_id)
+    assert (record.state, record.undo_pending) == ("cancelled", False)
+    assert told == [False]
+
+
+async def test_a_cancel_before_the_first_step_is_undone_also_by_a_later_run(rig: Rig) -> None:
+    gate, away = asyncio.Event(), [True]
+
+    async def handler(op: Operation, _data: Any) -> None:
+        if not op.begun:
+            rig.log.append("claimed")
+            await gate.wait()
+
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            if away[0]:
+                raise DeadlineExceeded("away")
+            rig.log.append("undo a")
+
+        await op.step("a", do, undo=undo)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    assert (await rig.ended(operation_id)).undo_pending
+    assert await rig.steps(operation_id) == [("a", "started")]
+    await rig.idle()
+    away[0] = False
+    again = await rig.reborn()
+    await again.resume()
+    await again.idle()
+    assert rig.log == ["claimed", "undo a"]
+    assert await again.store.operations(unfinished=True) == []
+
+
+async def test_a_promised_cancel_holds_at_the_point_of_no_return(rig: Rig) -> None:
+    gate = asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+            await gate.wait()
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+
+        async def remove() -> None:
+            rig.log.append("removed")
+
+        await op.step("a", do, undo=undo)
+        op.point_of_no_return()
+        await op.step("remove", remove)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: rig.log)
+    await rig.runner.cancel(operation_id)
+    gate.set()
+    assert (await rig.ended(operation_id)).state == "cancelled"
+    assert rig.log == ["a", "undo a"]
+
+
+async def test_a_cancel_while_what_is_past_its_return_is_taken_up_changes_nothing(rig: Rig) -> None:
+    gate, looking = asyncio.Event(), asyncio.Event()
+
+    async def handler(op: Operation, _data: Any) -> None:
+        async def do() -> None:
+            rig.log.append("a")
+
+        async def undo() -> None:
+            rig.log.append("undo a")
+
+        async def remove() -> None:
+            rig.log.append("remove")
+            await gate.wait()
+
+        if op.begun:
+            rig.log.append("taken up")
+            await looking.wait()
+        await op.step("a", do, undo=undo)
+        op.point_of_no_return()
+        await op.step("remove", remove)
+
+    rig.route("instance.start", handler)
+    operation_id = await rig.submit()
+    await until(lambda: "remove" in rig.log)
+    await rig.die()
+    again = await rig.reborn()
+    await again.resume()
+    await until(lambda: "taken up" in rig.log)
+    await again.runner.cancel(operation_id)
+    gate.set()
+    looking.set()
+    assert (await again.ended(operation_id)).state == "succeeded"
+    assert rig.log == ["a", "remove", "taken up", "remove"]
 
 
 async def test_failure_past_the_point_of_no_return_undoes_nothing_and_says_so(rig: Rig) -> None:

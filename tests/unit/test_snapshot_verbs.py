@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from support.world import World, new_id
 
 from agent.drivers.fake.settings import Fault
+from agent.errors import Unavailable
+from agent.exports import files
 from agent.messages.commands import InstanceDelete, InstancePause, InstanceStart, InstanceStop
 from agent.messages.events import Event
 from agent.messages.spec import RootDisk
@@ -144,6 +147,56 @@ async def test_rotation_touches_only_what_a_manifest_proves(host: World) -> None
     event = await run(host, InstanceBackup(series="daily", keep=1, store="main"), guest)
     assert event.data["result"]["removed"] == [name]
     assert precious.exists()
+
+
+async def test_rotation_leaves_an_export_alone_that_a_tampered_manifest_lists(host: World) -> None:
+    guest = await host.create("vm")
+    target = ExportTarget(store="main", name="vm-daily-20200101T000000.000000Z-mine")
+    mine = (await run(host, InstanceExport(target=target), guest)).data["result"]["disks"][0]
+    event = await run(host, InstanceBackup(series="daily", keep=1, store="main"), guest)
+    body = json.loads((host.folder / "store" / f"{event.data['result']['backup']['name']}.backup.json").read_text())
+    # The same bytes, another name: one that is no backup's, and one that is not the disk's.
+    for name in ("vm", "vm-daily-20200101T000000.000000Z"):
+        body |= {"name": name, "taken_at": "2020-01-01T00:00:00Z"}
+        body["disks"][0] |= {"url": mine["url"], "sha256": mine["sha256"]}
+        (host.folder / "store" / f"{name}.backup.json").write_text(json.dumps(body))
+    await run(host, InstanceBackup(series="daily", keep=1, store="main"), guest)
+    assert Path(mine["url"].removeprefix("file://")).is_file()
+
+
+async def test_what_is_no_plain_file_in_a_store_holds_nothing_up(host: World) -> None:
+    guest, store = await host.create("vm"), host.folder / "store"
+    os.mkfifo(store / "pipe.backup.json")
+    (store / "folder.backup.json").mkdir()
+    (store / "link.backup.json").symlink_to(host.folder)
+    event = await run(host, InstanceBackup(series="daily", keep=1, store="main"), guest)
+    assert event.kind == "operation.succeeded", event.data
+    (listed,) = (await run(host, InstanceListBackups(store="main"), guest)).data["result"]["backups"]
+    # Nor is a pipe in the place of a checksum waited for: the file is not proven to be ours.
+    checksum = store / f"{listed['name']}.qcow2.sha256"
+    checksum.unlink()
+    os.mkfifo(checksum)
+    event = await run(host, InstanceBackup(series="daily", keep=1, store="main"), guest)
+    assert event.kind == "operation.succeeded", event.data
+    assert (store / f"{listed['name']}.qcow2").exists()
+
+
+def test_no_link_in_a_store_is_followed(tmp_path: Path) -> None:
+    source, precious, store = tmp_path / "source", tmp_path / "precious", tmp_path / "store"
+    source.write_bytes(b"export")
+    precious.write_bytes(b"precious")
+    store.mkdir()
+    slot = files.Slot(store / "a.qcow2", "0123456789abcdef")
+    (store / ".a.qcow2.sha256.part").symlink_to(precious)
+    (store / ".a.qcow2.0123456789abcdef.part").symlink_to(precious)
+    slot.publish(source, "0" * 64, lambda _done: None)
+    assert slot.checksum.read_text().startswith("0" * 64)
+    assert precious.read_bytes() == b"precious"
+    other = files.Slot(store / "b.qcow2", "0123456789abcdef")
+    (store / ".b.qcow2.0123456789abcdef.own").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable):
+        other.publish(source, "0" * 64, lambda _done: None)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_a_snapshot_takes_the_guest_back(host: World) -> None:

@@ -15,7 +15,7 @@ from agent.drivers.libvirt import errors, metadata, saved, states, xml_machine
 from agent.drivers.libvirt.binding import libvirt
 from agent.drivers.libvirt.files import check_id
 from agent.errors import AlreadyExists, FailedPrecondition
-from agent.messages.life import ORDINARY
+from agent.messages.life import ORDINARY, Life
 
 
 def find(connection: Any, instance_id: str) -> Any:
@@ -93,9 +93,22 @@ def describe(domain: Any, *, managed_save: bool | None = None) -> DomainInfo:
         memory_mib=int(root.findtext("memory") or 0) // 1024,
         spec=ours.spec if ours else None,
         generation=ours.generation if ours else None,
-        life=ours.life if ours else ORDINARY,
+        life=_proven(ours.life, root) if ours else ORDINARY,
         dedicated_cpus=_dedicated_cpus(root) if ours and ours.spec.cpu.placement == "dedicated" else (),
     )
+
+
+def _proven(life: Life, root: ET.Element) -> Life:
+    """What our element says, but for disks that an adopted domain is said to own and its definition does not name: of
+    those nothing is removed with it. A journal that was lost is rebuilt from this.
+    """
+    adopted = life.adopted
+    if adopted is None or not adopted.own_disks:
+        return life
+    named = {source.get("file") for source in root.findall("devices/disk[@device='disk']/source")}
+    if named.issuperset(adopted.disks):
+        return life
+    return life.model_copy(update={"adopted": adopted.model_copy(update={"own_disks": False})})
 
 
 def _dedicated_cpus(root: ET.Element) -> tuple[int, ...]:
