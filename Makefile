@@ -57,4 +57,4 @@ pins:
 		--custom-compile-command "make pins" pyproject.toml -o constraints.txt
 
 clean: down
-	rm -rf .venv $(STACK_DIR)
+	rm -rf .venv $(STACK_DIR) compute_agent.egg-info
