@@ -18,6 +18,7 @@ from agent.drivers.base import DomainInfo
 from agent.drivers.verbs.resize import GuestSizes
 from agent.errors import ComputeError, FailedPrecondition, InvalidArgument, NotFound
 from agent.handlers.observe import read_back
+from agent.handlers.rescue import refuse_if_cancelled
 from agent.handlers.sizes import (
     admit,
     back_to,
@@ -158,8 +159,10 @@ async def set_limits(op: Operation, data: InstanceSetLimits) -> LimitsResult:
 
     await op.step("live", partial(apply, wanted), undo=unapply)
     await op.step("define", partial(define, wanted), undo=undefine)
-    op.ctx.instances.update(op.instance_id, spec=wanted)
-    record = await read_back(op)
+    await read_back(op)  # first, because it may fail: what is undone then must not be in the record
+    refuse_if_cancelled(op)
+    record = op.ctx.instances.update(op.instance_id, spec=wanted)
+    op.stage(instance=record)
     return _limits(op.instance_id, wanted, changed=True, live=record.observed in ("running", "paused"))
 
 

@@ -47,10 +47,12 @@ async def rescue(op: Operation, data: InstanceRescue) -> InstanceView:
         undo=lambda: define_again(op, before, record.generation),
     )
     await op.step("start", lambda: halt.start(op), undo=lambda: halt.end(op))
-    await read_back(op, desired="running", reason="rescued")
-    refuse_if_cancelled(op)
-    record = op.ctx.instances.update(instance_id, life=rescued)
-    op.stage(instance=record)
+    await read_back(op, reason="rescued")
+    refuse_if_cancelled(op)  # before anything is wanted otherwise: a policy would see to that
+    desired = op.ctx.instances.get(instance_id).desired
+    record = op.ctx.instances.update(instance_id, desired="running", life=rescued)
+    event = op.ctx.instances.state_event(record, previous=record.observed) if desired != "running" else None
+    op.stage(instance=record, event=event)
     return instance_view(record)
 
 

@@ -41,6 +41,7 @@ from agent.messages.commands import (
     parse_command,
 )
 from agent.messages.verb import CommandData
+from agent.store.base import InstanceRecord
 
 POWER: dict[type[CommandData], str] = {
     InstanceStart: "running",
@@ -301,7 +302,7 @@ class CoreMachine(RuleBasedStateMachine):
         await world.quiet()
         # What a delete that failed left is the business of the next one.
         for record in world.agent.ctx.instances.all():
-            if record.desired == "deleted":
+            if self._is_half_deleted(record):
                 done = await world.do(InstanceDelete(), instance_id=record.id)
                 assert done.kind == "operation.succeeded", done.data
                 self.crashed_guests.add(record.id)
@@ -309,6 +310,9 @@ class CoreMachine(RuleBasedStateMachine):
         await world.quiet()
         self._check_answers()
         await self._check_state()
+
+    def _is_half_deleted(self, record: InstanceRecord) -> bool:
+        return record.desired == "deleted"
 
     def _check_answers(self) -> None:
         for sent in self.sent:

@@ -129,6 +129,18 @@ async def test_dies_at_every_commit(world: World, verb: str, applied: bool) -> N
     raise AssertionError("there were more commits than this test has rounds")
 
 
+async def test_a_rescue_that_is_cancelled_at_its_end_leaves_what_is_wanted_as_it_was(world: World) -> None:
+    instance_id = await world.create("vm", start=False)
+    world.driver.inject(Fault(call="start", hang_s=60, times=1))
+    operation_id = world.send(InstanceRescue(image=image(world)), instance_id=instance_id)
+    await until(lambda: (one := world.agent._runner.find(operation_id)) is not None and one.operation is not None and one.operation._index == 5)
+    assert (await world.do(OperationCancel(operation_id=operation_id))).kind == "operation.succeeded"
+    await world.ask(world.driver.clear_faults)
+    assert (await world.final(operation_id)).kind == "operation.cancelled"
+    await world.quiet()
+    await expect_untouched(world, "rebuild-stopped", instance_id)
+
+
 def shelve(name: str = "one") -> InstanceShelve:
     return InstanceShelve(target=ExportTarget(store="shelf", name=name))
 

@@ -275,6 +275,17 @@ async def test_memory_target(world: World) -> None:
     assert done_.data["error"]["code"] == "failed_precondition"
 
 
+async def test_limits_that_were_taken_back_are_not_in_the_record(world: World) -> None:
+    vm = await world.create()
+    before = record(world, vm)
+    world.driver.inject(Fault(call="get", error="internal", times=1))
+    done = await failed(world, InstanceSetLimits(cpu=CpuLimits(shares=100)), vm)
+    assert done.data["undone"] is True
+    assert record(world, vm).spec == before.spec
+    assert [one.spec for one in await world.cut.instances()] == [before.spec]
+    assert (await world.ask(world.driver.get, vm)).spec == before.spec
+
+
 async def test_limits_are_set_and_lifted(world: World) -> None:
     nics = [BridgeNic(type="bridge", bridge="br0"), UserNic(type="user")]
     disk = RootDisk(size_mib=1024, limits=DiskLimits(total_iops=100))
