@@ -277,6 +277,7 @@ async def test_memory_target(world: World) -> None:
 
 async def test_limits_that_were_taken_back_are_not_in_the_record(world: World) -> None:
     vm = await world.create()
+    await world.quiet()  # what reads the new guest's state would take the fault
     before = record(world, vm)
     world.driver.inject(Fault(call="get", error="internal", times=1))
     done = await failed(world, InstanceSetLimits(cpu=CpuLimits(shares=100)), vm)
