@@ -26,6 +26,9 @@ from agent.errors import (
     NotFound,
 )
 
+READS = frozenset({"console.log", "instance.stats"})
+"""What is read touches nothing; whose it is the handler asks."""
+
 
 class DefinitionContract:
     """Metadata, redefinition, names, and domains of others."""
@@ -108,7 +111,7 @@ class DefinitionContract:
             "shutdown": NEEDS_DOMAIN["shutdown"],
             "destroy": NEEDS_DOMAIN["destroy"],
             "undefine": lambda driver, uid: driver.undefine(uid),
-        } | {verb: call for verb, call in OPTIONAL.items() if verb in verbs and verb != "console.log"}
+        } | {verb: call for verb, call in OPTIONAL.items() if verb in verbs and verb not in READS}
         for verb, call in refused.items():
             with pytest.raises(FailedPrecondition) as caught:
                 pytest.fail(f"{verb} returned {call(driver, foreign)}")
