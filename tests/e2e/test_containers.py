@@ -144,7 +144,7 @@ async def test_life_of_a_container(
     assert (used["disks"][0]["name"], used["disks"][0]["capacity_bytes"]) == ("root", 32 * 1024 * 1024)
     assert "write_bytes" not in used["disks"][0], "what is not known is not 0"
     await agent.restart()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(240):
         while (await stats(world, host, guest))["cpu"]["cpu_time_ns"] <= used["cpu"]["cpu_time_ns"]:
             await asyncio.sleep(0.2)  # nothing tells of it but another look
     assert (await world.succeed(host, InstanceShow(), guest)).data["result"]["observed"] == "running"
